@@ -1,0 +1,1 @@
+"""What every method stands on: the interface, encoded leaves, paths and rounding."""

@@ -1,0 +1,224 @@
+"""Encoded leaves: arrays of codes that decode themselves.
+
+All axes are counted from the end, so that stacking, vmap and scan over a leading axis work.
+Arithmetic is in float32 (or the wider type of the scales), cast to `dtype` last.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def _encoded(*static):
+    """Registers a frozen dataclass as a pytree whose fields named in `static` are metadata."""
+
+    def register(cls):
+        cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+        data = [field.name for field in dataclasses.fields(cls) if field.name not in static]
+        return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=list(static))
+
+    return register
+
+
+def code_dtype(bits: int, *, signed: bool = True):
+    """Returns the smallest integer dtype that holds codes of `bits` bits."""
+    return np.dtype(f"{'int' if signed else 'uint'}{8 if bits <= 8 else 16}")
+
+
+@_encoded("bits", "dtype")
+class Grid:
+    """A uniform grid: integer codes times a step.
+
+    Invariants, checked by `validate`:
+      codes is an integer array that fits in `bits` bits, signed;
+      step is a positive, finite float array with the rank of codes, each dimension 1 or equal.
+    """
+
+    codes: jax.Array  # [*shape], int8 or int16
+    step: jax.Array  # [*group], float
+    bits: int
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the decoded leaf."""
+        return self.codes.shape
+
+    @property
+    def nbits(self) -> int:
+        """The number of bits that storage writes: one padded stream of codes, and the steps."""
+        return _stream(self.codes.size * self.bits) + _bits_of(self.step)
+
+    def decode(self):
+        """Returns `codes * step` in `dtype`."""
+        return (self.codes.astype(self.step.dtype) * self.step).astype(self.dtype)
+
+    def validate(self) -> "Grid":
+        """Returns itself; raises ValueError, naming the invariant, if one is broken."""
+        low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        codes, step = np.asarray(self.codes), np.asarray(self.step, np.float64)
+        _check(np.issubdtype(codes.dtype, np.integer), f"codes are {codes.dtype}, not integers")
+        outside = codes.size and (codes.min() < low or codes.max() > high)
+        _check(not outside, f"codes leave {low}..{high}, the range of {self.bits} bits")
+        _check(_kept(step.shape, codes.shape), f"step {step.shape} beside codes {codes.shape}")
+        _check(np.all(np.isfinite(step) & (step > 0)), "steps are not all positive and finite")
+        return self
+
+
+@_encoded("bits", "dtype")
+class Table:
+    """An index into a table of levels.
+
+    Invariants, checked by `validate`:
+      codes is an unsigned integer array below 2**bits;
+      levels is finite, its last axis 2**bits long, the others as codes' shape with kept dims.
+    """
+
+    codes: jax.Array  # [*shape], uint8 or uint16
+    levels: jax.Array  # [*group, 2**bits], float
+    bits: int
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the decoded leaf."""
+        return self.codes.shape
+
+    @property
+    def nbits(self) -> int:
+        """The number of bits that storage writes: one padded stream of codes, and the tables."""
+        return _stream(self.codes.size * self.bits) + _bits_of(self.levels)
+
+    def decode(self):
+        """Returns the level of every code in `dtype`."""
+        index = self.codes.astype(jnp.int32)[..., None]
+        return jnp.take_along_axis(self.levels, index, axis=-1)[..., 0].astype(self.dtype)
+
+    def validate(self) -> "Table":
+        """Returns itself; raises ValueError, naming the invariant, if one is broken."""
+        codes, levels = np.asarray(self.codes), np.asarray(self.levels, np.float64)
+        _check(
+            np.issubdtype(codes.dtype, np.unsignedinteger),
+            f"codes are {codes.dtype}, not unsigned integers",
+        )
+        _check(not codes.size or codes.max() < 2**self.bits, f"codes reach 2**{self.bits}")
+        _check(levels.shape[-1:] == (2**self.bits,), f"{levels.shape[-1:]} levels, not 2**bits")
+        _check(_kept(levels.shape[:-1], codes.shape), f"levels {levels.shape}, codes {codes.shape}")
+        _check(np.all(np.isfinite(levels)), "levels are not all finite")
+        return self
+
+
+@_encoded("dtype", "blocks", "axis")
+class MultiBit:
+    """A sum of binary bases: `sum_k mask_k coords_k basis_k`.
+
+    The view is the leaf's shape, with `axis` split into (blocks, n / blocks) if blocks > 1. A
+    group is what shares coordinates: the axes of length 1 in coords. Slots keep their places when
+    some are pruned.
+
+    Invariants, checked by `validate`:
+      basis is int8, all -1 or 1;
+      coords is float, mask bool, both of one shape: the view with kept dims, then K;
+      coords are finite, not negative, and zero where the mask is False;
+      axis is negative; with blocks > 1 the view's axis - 1 has that length.
+    """
+
+    basis: jax.Array  # [*view, K], int8
+    coords: jax.Array  # [*group, K], float
+    mask: jax.Array  # [*group, K], bool
+    dtype: np.dtype
+    blocks: int = 1
+    axis: int = -1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the decoded leaf."""
+        view = list(self.basis.shape[:-1])
+        if self.blocks > 1:
+            at = len(view) + self.axis - 1
+            view[at : at + 2] = [view[at] * view[at + 1]]
+        return tuple(view)
+
+    @property
+    def bits(self) -> float:
+        """The average bit-width: sum of n_g I_g over sum of n_g."""
+        return float(np.count_nonzero(np.asarray(self.mask)) / max(1, self.coords[..., 0].size))
+
+    @property
+    def nbits(self) -> int:
+        """The number of bits that storage writes: one padded stream, and the coordinates.
+
+        The stream holds a basis bit per weight and kept slot, and every group's count of slots.
+        """
+        kept = np.asarray(self.mask)
+        group_size = self.basis[..., 0].size // max(1, kept[..., 0].size)
+        counts = kept.sum(axis=-1)
+        width = math.ceil(math.log2(int(counts.max(initial=0)) + 1))
+        stream = group_size * int(counts.sum()) + width * counts.size
+        return _stream(stream) + int(counts.sum()) * self.coords.dtype.itemsize * 8
+
+    def decode(self):
+        """Returns the masked sum over the slots in `dtype`."""
+        kept = jnp.where(self.mask, self.coords, 0)
+        total = (kept * self.basis.astype(kept.dtype)).sum(axis=-1)
+        return total.reshape(self.shape).astype(self.dtype)
+
+    def validate(self) -> "MultiBit":
+        """Returns itself; raises ValueError, naming the invariant, if one is broken."""
+        basis, mask = np.asarray(self.basis), np.asarray(self.mask)
+        coords = np.asarray(self.coords, np.float64)
+        _check(basis.dtype == np.int8, f"basis is {basis.dtype}, not int8")
+        _check(np.all(np.abs(basis) == 1), "basis entries are not all -1 or 1")
+        _check(mask.dtype == np.bool_, f"mask is {mask.dtype}, not bool")
+        _check(coords.shape == mask.shape, f"coords {coords.shape} beside mask {mask.shape}")
+        same_slots = coords.shape[-1:] == basis.shape[-1:]
+        kept = same_slots and _kept(coords.shape[:-1], basis.shape[:-1])
+        _check(kept, f"coords {coords.shape} beside basis {basis.shape}")
+        _check(np.all(np.isfinite(coords)), "coords are not all finite")
+        _check(np.all(coords >= 0), "coords are negative")
+        _check(np.all(coords[~mask] == 0), "masked coords are not zero")
+        _check(self.axis < 0, f"axis {self.axis} is not counted from the end")
+        if self.blocks > 1:
+            length = basis.shape[:-1][self.axis - 1]
+            _check(length == self.blocks, f"{length} blocks along the view, not {self.blocks}")
+        return self
+
+
+ENCODED = (Grid, Table, MultiBit)
+
+
+def is_encoded(leaf) -> bool:
+    """True for Grid, Table and MultiBit."""
+    return isinstance(leaf, ENCODED)
+
+
+def decode(tree):
+    """Returns the tree with every encoded leaf decoded; other leaves are the same objects."""
+    return jax.tree.map(
+        lambda leaf: leaf.decode() if is_encoded(leaf) else leaf, tree, is_leaf=is_encoded
+    )
+
+
+def nbits(leaf) -> int:
+    """Returns the bits of a leaf, encoded or plain."""
+    return leaf.nbits if is_encoded(leaf) else _bits_of(leaf)
+
+
+def _stream(bits: int) -> int:
+    return 8 * math.ceil(bits / 8)
+
+
+def _bits_of(array) -> int:
+    return array.size * array.dtype.itemsize * 8
+
+
+def _kept(group, shape) -> bool:
+    return len(group) == len(shape) and all(g in (1, n) for g, n in zip(group, shape, strict=True))
+
+
+def _check(holds, message):
+    if not holds:
+        raise ValueError(message)

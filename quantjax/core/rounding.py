@@ -1,0 +1,40 @@
+"""Rounding to a uniform grid, the same in every jitted program, with straight-through gradients.
+
+Codes are `round(x * (1 / step))`, values `codes * step`: written as a quotient, two compiled
+programs may disagree on weights half-way between two levels. Ties go to the even code.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def work_dtype(dtype):
+    """Returns the dtype of the arithmetic on values of `dtype`: float32 or wider."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def to_codes(x, step, low, high):
+    """Returns the integers `clip(round(x / step), low, high)` as floats; shapes broadcast."""
+    return jnp.clip(jnp.round(x * (1 / step)), low, high)
+
+
+@jax.custom_jvp
+def nearest_on_grid(x, step, low, high):
+    """Returns the values `step * clip(round(x / step), low, high)`.
+
+    The gradient is straight-through: 1 for x inside [low, high] * step, 0 outside; that of `step`
+    is what remains of d(code * step), as learned-step quantizers use it (code - x / step inside,
+    the bound outside). The bounds get none.
+    """
+    return to_codes(x, step, low, high) * step
+
+
+@nearest_on_grid.defjvp
+def _nearest_on_grid_jvp(primals, tangents):
+    x, step, low, high = primals
+    dx, dstep = tangents[:2]
+    scaled = x * (1 / step)
+    codes = jnp.clip(jnp.round(scaled), low, high)
+    inside = (scaled >= low) & (scaled <= high)
+    tangent = jnp.where(inside, dx, 0) + jnp.where(inside, codes - scaled, codes) * dstep
+    return codes * step, tangent

@@ -1,0 +1,116 @@
+"""A table of what a tree of encoded leaves holds and costs."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from quantjax.core import paths, qarray
+
+
+class Row(NamedTuple):
+    """One leaf of a summary."""
+
+    path: str
+    shape: tuple[int, ...]
+    method: str  # the encoded leaf's class, or the dtype of a plain array
+    bits: float  # per weight, scales and tables apart
+    nbytes: int  # as storage writes it, scales and tables included
+    squared_error: float | None  # sum over the leaf, None without float params
+    relative_error: float | None  # norm of the error over norm of the float leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Rows of all leaves; printing it gives a table, as does a notebook cell."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all leaves together."""
+        return sum(row.nbytes for row in self.rows)
+
+    @property
+    def compression(self) -> float:
+        """How many times smaller than float32."""
+        return sum(4 * math.prod(row.shape) for row in self.rows) / max(1, self.nbytes)
+
+    def __rich__(self):
+        from rich.table import Table  # the extra `files`
+
+        with_error = any(row.relative_error is not None for row in self.rows)
+        table = Table(show_footer=True)
+        table.add_column("leaf", "total")
+        table.add_column("shape", justify="right")
+        table.add_column("method", f"{self.compression:.1f}x smaller")
+        table.add_column("bits", justify="right")
+        table.add_column("size", size_text(self.nbytes), justify="right")
+        if with_error:
+            table.add_column("error", justify="right")
+        for row in self.rows:
+            shape = "x".join(map(str, row.shape)) or "scalar"
+            cells = [row.path, shape, row.method, f"{row.bits:.3g}", size_text(row.nbytes)]
+            if with_error:
+                known = row.relative_error is not None
+                cells.append(f"{row.relative_error:.2%}" if known else "")
+            table.add_row(*cells)
+        return table
+
+    def __str__(self):
+        from rich.console import Console
+
+        console = Console(width=100, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+    def _repr_html_(self):
+        return f"<pre>{self}</pre>"
+
+
+def summary(encoded, params=None) -> Summary:
+    """Returns the rows of a tree of encoded leaves: path, shape, method, bits, size and error.
+
+    Args:
+      encoded: what `Quantizer.encode` gives; plain leaves are listed too.
+      params: the float tree beside it, for the error columns.
+
+    Raises:
+      ValueError: params have other paths.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(encoded, is_leaf=qarray.is_encoded)[0]
+    named = {paths.path_name(key_path): leaf for key_path, leaf in leaves}
+    floats = None
+    if params is not None:
+        floats = paths.restrict(paths.flatten(params)[0], named, "encoded tree")
+    return Summary(tuple(_row(path, leaf, floats) for path, leaf in named.items()))
+
+
+def size_text(nbytes: int) -> str:
+    """Returns a size as text, in units of 1000 bytes."""
+    for unit, scale in (("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.3g} {unit}"
+    return f"{nbytes} B"
+
+
+def _row(path, leaf, floats):
+    encoded = qarray.is_encoded(leaf)
+    squared = relative = None
+    if floats is not None and encoded:
+        exact = np.asarray(floats[path], np.float64)
+        squared = float(np.sum((np.asarray(leaf.decode(), np.float64) - exact) ** 2))
+        norm = float(np.sum(exact**2))
+        relative = math.sqrt(squared / norm) if norm else 0.0
+    return Row(
+        path=path,
+        shape=tuple(leaf.shape),
+        method=type(leaf).__name__ if encoded else str(leaf.dtype),
+        bits=leaf.bits if encoded else leaf.dtype.itemsize * 8,
+        nbytes=qarray.nbits(leaf) // 8,
+        squared_error=squared,
+        relative_error=relative,
+    )

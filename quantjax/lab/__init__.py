@@ -1,0 +1,1 @@
+"""Data, models, the training engine, reports and the command line."""

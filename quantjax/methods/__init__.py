@@ -1,0 +1,1 @@
+"""One file per method; each knows `quantjax.core` only."""

@@ -1,0 +1,213 @@
+"""Uniform grids for weights and for the inputs of layers, and the zero target of sparse training.
+
+The weight grid is the one of PSG: symmetric and narrow, -(2**(b-1)-1) .. 2**(b-1)-1 times one
+step per leaf or group. The input grid is asymmetric and holds zero exactly.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from quantjax.core import qarray, rounding
+from quantjax.core.paths import is_weight
+from quantjax.core.quantizer import InputQuantizer, Quantizer, QuantState, leafwise
+
+
+def symmetric_step(w, bits: int, axes=None):
+    """Returns max|w| / (2**(bits-1) - 1) over `axes` (None: all), dims kept, in float32 or wider.
+
+    Raises:
+      ValueError: bits outside 2..16, or axes not counted from the end.
+    """
+    _check_bits(bits, 2)
+    largest = jnp.max(jnp.abs(w), axis=check_axes(axes), keepdims=True)
+    return largest.astype(rounding.work_dtype(w.dtype)) / (2 ** (bits - 1) - 1)
+
+
+def nearest(x, step, *, bits: int, signed: bool = True, narrow: bool = False):
+    """Returns the nearest values of a uniform grid, with a clipped straight-through gradient.
+
+    Args:
+      x: floats of any shape.
+      step: positive, broadcasts against x.
+      bits: 1..16; 2..16 for narrow grids.
+      signed: codes -2**(bits-1) .. 2**(bits-1)-1 rather than 0 .. 2**bits-1.
+      narrow: with signed, codes -(2**(bits-1)-1) .. 2**(bits-1)-1.
+
+    Raises:
+      ValueError: bits outside their range, or narrow without signed.
+    """
+    _check_bits(bits, 2 if narrow else 1)
+    if narrow and not signed:
+        raise ValueError("narrow=True needs signed=True: an unsigned grid has no lowest level")
+    x = jnp.asarray(x)
+    dtype = rounding.work_dtype(x.dtype)
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    low, high = (jnp.asarray(bound, dtype) for bound in (low + narrow, high))
+    step = jnp.asarray(step, dtype)
+    return rounding.nearest_on_grid(x.astype(dtype), step, low, high).astype(x.dtype)
+
+
+def uniform(
+    bits: int, *, axes=None, momentum: float | None = None, biases: bool = False
+) -> Quantizer:
+    """Rounds weights to the narrow symmetric grid that spans their range (PSG's target).
+
+    Args:
+      bits: 2..16.
+      axes: the axes that share one step, counted from the end; None: the whole leaf; or a
+        function (path, leaf) -> axes. Biases always have one step.
+      momentum: weight of the present range in the running one, in (0, 1]; None: `update` takes
+        the range of the present weights.
+      biases: also takes the bias beside every kernel.
+
+    Ranges always include 0. The buffers are low, high (the range), limit = 2**(bits-1) - 1 and
+    step = max(-low, high) / limit, 1 where that is 0.
+
+    Raises:
+      ValueError: bits, axes or momentum out of range.
+    """
+    _check_bits(bits, 2)
+    _check_momentum(momentum)
+    if not isinstance(axes, Callable):
+        check_axes(axes)
+
+    def init(path, leaf, key):
+        del key
+        group = axes(path, leaf) if isinstance(axes, Callable) else axes
+        low, high = _range(leaf, check_axes(group) if is_weight(path) else None)
+        limit = jnp.full_like(low, 2 ** (bits - 1) - 1)
+        return {}, {"low": low, "high": high, "limit": limit, "step": _step(low, high, limit)}
+
+    def apply(leaf, learned, buffers, key):
+        del learned, key
+        limit, step = buffers["limit"], _fitting(buffers["step"], leaf)
+        x = leaf.astype(step.dtype)
+        return rounding.nearest_on_grid(x, step, -limit, limit).astype(leaf.dtype)
+
+    def encode(leaf, learned, buffers):
+        del learned
+        limit, step = buffers["limit"], _fitting(buffers["step"], leaf)
+        width = int(np.log2(np.max(limit) + 1)) + 1
+        codes = rounding.to_codes(leaf.astype(step.dtype), step, -limit, limit)
+        codes = codes.astype(qarray.code_dtype(width))
+        return qarray.Grid(codes, step, bits=width, dtype=leaf.dtype)
+
+    def update(leaf, learned, buffers, key):
+        del learned, key
+        group = _fitting(buffers["low"], leaf).shape
+        low, high = _range(leaf, tuple(axis for axis, kept in enumerate(group) if kept == 1))
+        if momentum is not None:
+            low = momentum * low + (1 - momentum) * buffers["low"]
+            high = momentum * high + (1 - momentum) * buffers["high"]
+        return {**buffers, "low": low, "high": high, "step": _step(low, high, buffers["limit"])}
+
+    return leafwise(init, apply, encode, update, biases=biases)
+
+
+def uniform_input(bits: int, *, momentum: float = 0.1) -> InputQuantizer:
+    """Quantizes activations on an asymmetric grid that holds zero exactly.
+
+    Args:
+      bits: 1..16.
+      momentum: weight of the present batch's range in the running one, in (0, 1].
+
+    The range is the first batch's, then a running mean; `linen.calibrate_batch_norm` fits it to
+    batch norm's parameters instead. Values are (code - zero_point) * step, codes 0 .. 2**bits - 1.
+
+    Raises:
+      ValueError: bits or momentum out of range.
+    """
+    _check_bits(bits, 1)
+    _check_momentum(momentum)
+
+    def grid(low, high, levels):
+        step = _positive((high - low) / levels)
+        zero_point = jnp.clip(jnp.round(-low * (1 / step)), 0, levels)
+        return {"low": low, "high": high, "levels": levels, "step": step, "zero_point": zero_point}
+
+    def init(x):
+        low, high = (bound.reshape(()) for bound in _range(x, None))
+        return QuantState({}, grid(low, high, jnp.full_like(low, 2**bits - 1)))
+
+    def apply(x, state, *, key=None, update=False):
+        del key
+        buffers = state.buffers
+        if update:
+            low, high = (bound.reshape(()) for bound in _range(lax.stop_gradient(x), None))
+            low = momentum * low + (1 - momentum) * buffers["low"]
+            high = momentum * high + (1 - momentum) * buffers["high"]
+            buffers = grid(low, high, buffers["levels"])
+        step, zero_point = buffers["step"], buffers["zero_point"]
+        # (code - zero_point) * step with codes 0..levels: the grid shifted by whole codes.
+        low, high = -zero_point, buffers["levels"] - zero_point
+        x_hat = rounding.nearest_on_grid(x.astype(step.dtype), step, low, high)
+        return x_hat.astype(x.dtype), state._replace(buffers=buffers)
+
+    return InputQuantizer(init, apply)
+
+
+def zero() -> Quantizer:
+    """Sends every owned leaf to 0: the target of sparse training. It has no grid to encode to."""
+
+    def to_zero(leaf):
+        return jnp.zeros_like(leaf)
+
+    return leafwise(
+        init=lambda path, leaf, key: ({}, {}),
+        apply=lambda leaf, learned, buffers, key: to_zero(leaf),
+        encode=lambda leaf, learned, buffers: to_zero(leaf),
+    )
+
+
+def check_axes(axes):
+    """Returns `axes` as a sorted tuple, None as it is.
+
+    Raises:
+      ValueError: not integers counted from the end.
+    """
+    if axes is None:
+        return None
+    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    if not all(isinstance(axis, int) and axis < 0 for axis in axes):
+        raise ValueError(f"axes are counted from the end, such as (-4, -3, -2); got {axes}")
+    return tuple(sorted(axes))
+
+
+def _range(x, axes):
+    """Returns low <= 0 <= high over `axes` with kept dims, in float32 or wider."""
+    x = x.astype(rounding.work_dtype(x.dtype))
+    low = jnp.min(x, axis=axes, keepdims=True, initial=0)
+    return low, jnp.max(x, axis=axes, keepdims=True, initial=0)
+
+
+def _step(low, high, limit):
+    return _positive(jnp.maximum(-low, high) / limit)
+
+
+def _positive(step):
+    # Below the smallest normal number 1 / step overflows.
+    return jnp.where(step >= jnp.finfo(step.dtype).tiny, step, 1)
+
+
+def _fitting(scale, leaf):
+    """Returns `scale`; raises ValueError if it is not the leaf's shape with kept dims."""
+    if scale.ndim != leaf.ndim or not all(
+        kept in (1, size) for kept, size in zip(scale.shape, leaf.shape, strict=True)
+    ):
+        raise ValueError(
+            f"the state was made for another tree: scales {scale.shape}, leaf {leaf.shape}"
+        )
+    return scale
+
+
+def _check_bits(bits, least):
+    if not (isinstance(bits, int) and not isinstance(bits, bool) and least <= bits <= 16):
+        raise ValueError(f"bits must be a whole number in {least}..16, got {bits!r}")
+
+
+def _check_momentum(momentum):
+    if momentum is not None and not 0 < momentum <= 1:
+        raise ValueError(f"momentum must be in (0, 1], got {momentum!r}")

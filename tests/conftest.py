@@ -1,0 +1,6 @@
+"""Strict numerics for every test, and eight simulated devices for the sharding laws."""
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
