@@ -1,5 +1,6 @@
-"""Training: one jitted step for every method, with whatever it quantizes and however it descends."""
+"""Training: one jitted step for every method, whatever it quantizes and however it descends."""
 
+import collections
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ class TrainState(NamedTuple):
     quant_stats: dict  # collection `quant_stats`: their buffers
     batch_stats: dict
     opt_state: Any
-    totals: dict  # sums over the steps since the last report: loss, correct, count
+    totals: dict  # sums since the last report: loss, correct, batches
 
     @property
     def variables(self) -> dict:
@@ -247,12 +248,7 @@ def train(
 
 def last(reports: Iterator[Report]) -> Report:
     """Runs training to its end and returns the last report."""
-    report = None
-    for report in reports:
-        pass
-    if report is None:
-        raise ValueError("a phase of no steps has no report")
-    return report
+    return collections.deque(reports, maxlen=1).pop()
 
 
 class Score(NamedTuple):

@@ -1,0 +1,232 @@
+"""`quantjax compare`: methods side by side, from one full-precision network, on the same data."""
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import optax
+from rich.console import Console
+
+from quantjax.core import qarray
+from quantjax.core.summary import summary
+from quantjax.lab import data, engine, methods, models, report
+from quantjax.lab.recipes import versions
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What `quantjax compare` compares."""
+
+    dataset: str = "digits"
+    """digits, a TFDS image classification set, or a directory of .npy/.npz arrays."""
+    model: str | None = None
+    """small-cnn, lenet5, lenet5-wide, resnet20/32/56, vgg16-bn; by data set if not given."""
+    methods: tuple[str, ...] = tuple(methods.METHODS)
+    """Rows of the table."""
+    bits: tuple[int, ...] = (2,)
+    """Bit-widths, one row per method and width."""
+    epochs: int | None = None
+    """Epochs in full precision, and again for each row; by data set if not given."""
+    batch_size: int | None = None
+    """Images per step; 32 for digits, 128 else, if not given."""
+    seed: int = 0
+    """Of the weights, of the order of images, and of whatever is drawn."""
+    out: Path = Path("quantjax-report")
+    """The folder of the report."""
+    data_dir: Path | None = None
+    """Where prepared TFDS sets lie."""
+    quick: bool = False
+    """A few epochs of the digits, to see that all works."""
+
+
+def resolve(settings: Settings) -> Settings:
+    """Fills in the defaults that depend on the data set and checks all names and numbers.
+
+    Raises:
+      ValueError: unknown method or model, width outside 2..16, counts below 1; OSError: the
+        report's folder cannot be written. All of it before anything is loaded or trained.
+    """
+    small = settings.dataset == "digits"
+    quick = settings.quick
+    filled = dataclasses.replace(
+        settings,
+        model=settings.model or models.default_model(settings.dataset),
+        epochs=settings.epochs or (4 if quick else 20 if small else 5),
+        batch_size=settings.batch_size or (32 if small else 128),
+    )
+    for name in filled.methods:
+        entry = methods.find(name)
+        for bits in filled.bits:
+            entry.plan(bits, optax.constant_schedule(0.0))  # checks the width
+    if not filled.methods or not filled.bits:
+        raise ValueError("nothing to compare: give at least one method and one width")
+    for name in ("epochs", "batch_size"):
+        if getattr(filled, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(filled, name)}")
+    models.build(filled.model, 10)
+    check_writable(filled.out)
+    return filled
+
+
+def check_writable(folder: Path):
+    """Makes the folder; raises OSError if it cannot be written to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".probe-{os.getpid()}"
+    probe.write_text("")
+    probe.unlink()
+
+
+def compare(settings: Settings) -> list[report.Result]:
+    """Runs the comparison, prints its table and writes its report; returns the rows.
+
+    An interrupted comparison leaves the rows it finished in the report.
+    """
+    settings = resolve(settings)
+    console = Console()
+    described = describe(settings)
+    results = []
+    complete = False
+    try:
+        for result in rows(settings):
+            results.append(result)
+            console.print(
+                f"[dim]{result.title}, {result.bits:g} bits: "
+                f"{result.quantized:.2f} percent in {result.seconds:.0f} s[/]"
+            )
+            report.write(settings.out, described, results, complete=False)
+        complete = True
+    except KeyboardInterrupt:
+        console.print("interrupted: the report holds the finished rows")
+        raise
+    finally:
+        if results:
+            page = report.write(settings.out, described, results, complete=complete)
+            console.print(report.table(results))
+            console.print(f"report: {page}")
+    return results
+
+
+def describe(settings: Settings) -> dict:
+    """Returns the settings as the report shows them."""
+    shown = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in dataclasses.asdict(settings).items()
+        if name not in ("out", "data_dir")
+    }
+    device = jax.devices()[0]
+    command = " ".join(["quantjax", *sys.argv[1:]]) if sys.argv[1:2] == ["compare"] else ""
+    return {**shown, "device": device.device_kind, "versions": versions(), "command": command}
+
+
+def rows(settings: Settings) -> Iterator[report.Result]:
+    """Yields full precision first, then a row per method and width."""
+    dataset = data.load(settings.dataset, settings.data_dir)
+    task = engine.Task(
+        models.build(settings.model, dataset.classes),
+        dataset,
+        augment=dataset.train.images.shape[1] >= 32,
+    )
+    evaluate = engine.make_evaluate(task)
+    total = settings.epochs * max(1, len(dataset.train.labels) // settings.batch_size)
+
+    def run(variables, plan, steps, label):
+        state = engine.init_state(task, variables, plan.method, settings.seed)
+        curve = []
+        for done in engine.train(
+            task,
+            steps,
+            state,
+            total,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            every=-(-total // 10),
+            label=label,
+        ):
+            accuracy = evaluate(_plain(done.state), dataset.test).accuracy
+            curve.append((done.steps, done.loss, accuracy))
+        return done.state, tuple(curve)
+
+    began = time.monotonic()
+    plain = methods.Plan(
+        engine.Method(
+            optax.chain(
+                optax.add_decayed_weights(1e-4),
+                optax.sgd(optax.cosine_decay_schedule(0.05, total), momentum=0.9),
+            )
+        )
+    )
+    start, curve = run(
+        task.init(settings.seed), plain, engine.make_steps(task, plain.method), "full precision"
+    )
+    variables = jax.device_get(_plain(start))
+    float_bytes = 4 * sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    accuracy = curve[-1][2]
+    yield report.Result(
+        method="float",
+        title="full precision",
+        bits=32,
+        full_precision=accuracy,
+        quantized=accuracy,
+        nbytes=float_bytes,
+        compression=1.0,
+        weight_error=0.0,
+        seconds=time.monotonic() - began,
+        curve=curve,
+        params=variables["params"],
+        encoded=variables["params"],
+    )
+    rate = optax.cosine_decay_schedule(0.01, total)
+    for name in settings.methods:
+        entry = methods.find(name)
+        steps = trained = None
+        for bits in settings.bits:
+            began = time.monotonic()
+            plan = entry.plan(bits, rate)
+            # One compiled step serves all widths: they differ in their states alone.
+            steps = steps or engine.make_steps(task, plan.method)
+            if trained is None or entry.per_width:
+                trained = run(variables, plan, steps, f"{entry.title}, {bits} bits")
+            state, curve = trained
+            yield _deploy(name, entry, plan, state, curve, evaluate, dataset, began)
+
+
+def _deploy(name, entry, plan, state, curve, evaluate, dataset, began) -> report.Result:
+    if plan.deploy is None:
+        encoded = plan.method.quantizer.encode(state.params, state.state)
+    else:
+        encoded = plan.deploy.encode(state.params, plan.deploy.init(state.params))
+    table = summary(encoded, state.params)
+    coded = [row for row in table.rows if row.squared_error is not None]
+    weights = sum(_count(row.shape) for row in coded)
+    shipped = {**_plain(state), "params": qarray.decode(encoded)}
+    return report.Result(
+        method=name,
+        title=entry.title,
+        bits=sum(row.bits * _count(row.shape) for row in coded) / weights,
+        full_precision=curve[-1][2],
+        quantized=evaluate(shipped, dataset.test).accuracy,
+        nbytes=table.nbytes,
+        compression=table.compression,
+        weight_error=sum(row.squared_error for row in coded) / len(coded),
+        seconds=time.monotonic() - began,
+        curve=curve,
+        params=jax.device_get(state.params),
+        encoded=encoded,
+    )
+
+
+def _plain(state: engine.TrainState) -> dict:
+    return {
+        name: value for name, value in state.variables.items() if name in ("params", "batch_stats")
+    }
+
+
+def _count(shape) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

@@ -1,0 +1,140 @@
+"""Recipes: short files in `experiments/` that yield rows, and the records they leave."""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+
+from quantjax.lab.names import nearest_name_error
+
+FOLDER = Path(__file__).parents[2] / "experiments"
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a recipe is given: `run(context)` yields its rows as dicts."""
+
+    scale: float = 1.0
+    """Length of every phase in proportion to the paper's."""
+    seeds: tuple[int, ...] = (0,)
+    """One run each."""
+    bits: tuple[int, ...] | None = None
+    """Only these widths; None: all of the recipe's."""
+    data_dir: Path | None = None
+    """Where prepared TFDS sets lie."""
+    init: Path | None = None
+    """A torch state dict (.npz, .safetensors) to start from, where a recipe takes one."""
+
+    def steps(self, epochs: float, per_epoch: int) -> int:
+        """Returns the scaled number of steps, at least 1."""
+        return max(1, round(self.scale * epochs * per_epoch))
+
+    def widths(self, every: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the recipe's widths that were asked for; raises ValueError if there are none."""
+        chosen = tuple(bits for bits in every if self.bits is None or bits in self.bits)
+        if not chosen:
+            raise ValueError(f"bits {self.bits}: this recipe has {every}")
+        return chosen
+
+
+def find(name: str, folder: Path = FOLDER) -> Path:
+    """Returns the file of a recipe, by name or path; ValueError with the nearest names if none."""
+    path = Path(name)
+    if path.suffix == ".py" and path.is_file():
+        return path
+    known = {file.stem: file for file in sorted(folder.glob("*.py"))}
+    if name not in known:
+        raise nearest_name_error("experiment", name, known)
+    return known[name]
+
+
+def load(path: Path) -> ModuleType:
+    """Imports a recipe; raises ValueError if it has no TITLE or no `run`."""
+    spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for wanted in ("TITLE", "run"):
+        if not hasattr(module, wanted):
+            raise ValueError(f"{path} is no recipe: it lacks {wanted}")
+    return module
+
+
+def run(name: str, context: Context, out: Path | None = None) -> Path:
+    """Runs a recipe and returns its record, which is written anew after every row.
+
+    Raises:
+      ValueError: unknown recipe, scale not positive; OSError: the record cannot be written.
+    """
+    if not context.scale > 0:
+        raise ValueError(f"scale must be positive, got {context.scale}")
+    source = find(name)
+    recipe = load(source)
+    folder = out or FOLDER / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{source.stem}{_suffix(context)}.json"
+    began = time.monotonic()
+    record = {
+        "experiment": source.stem,
+        "title": recipe.TITLE,
+        "command": _command(source.stem, context),
+        "scale": context.scale,
+        "device": jax.devices()[0].device_kind,
+        "versions": versions(),
+        "complete": False,
+        "rows": [],
+    }
+    _write(target, record)
+    for row in recipe.run(context):
+        record["rows"].append(row)
+        record["seconds"] = round(time.monotonic() - began, 1)
+        _write(target, record)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+    record["complete"] = True
+    _write(target, record)
+    return target
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that results depend on."""
+    names = ("quantjax", "jax", "jaxlib", "flax", "optax", "numpy")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _suffix(context: Context) -> str:
+    bits = "" if context.bits is None else "-b" + "".join(map(str, context.bits))
+    return bits + ("" if context.scale == 1 else f"-scale{context.scale:g}")
+
+
+def _command(name: str, context: Context) -> str:
+    words = ["quantjax run", name]
+    if context.scale != 1:
+        words.append(f"--scale {context.scale:g}")
+    if context.seeds != (0,):
+        words.append("--seeds " + " ".join(map(str, context.seeds)))
+    if context.bits is not None:
+        words.append("--bits " + " ".join(map(str, context.bits)))
+    if context.data_dir is not None:
+        words.append("--data-dir DATA_DIR")
+    if context.init is not None:
+        words.append(f"--init {context.init.name}")
+    return " ".join(words)
+
+
+def _write(path: Path, record: dict[str, Any]):
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    temporary.replace(path)
