@@ -16,9 +16,8 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
-from quantjax import lineage
-from quantjax.core import paths as paths_lib
-from quantjax.core.quantizer import InputQuantizer, QuantState
+from quantjax import inputs, lineage
+from quantjax.core.quantizer import QuantState
 
 LEARNED, BUFFERS = COLLECTIONS = ("quant", "quant_stats")
 RNG_STREAM = "quant"
@@ -44,14 +43,15 @@ def quantize_inputs(apply_fn: Callable, quantizer, where: str = ".*") -> Callabl
     the input it sees, if `mutable` names both collections; afterwards it updates its state in
     every call with `quant_stats` mutable. A collection that would be empty does not exist. An
     rng stream `quant` makes the pass stochastic. Integer inputs are first cast to the dtype
-    of the layer.
+    of the layer. Under nn.scan and nn.vmap, `variable_axes` must name both collections; under
+    nn.map_variables (nn.WeightNorm) nothing can be written, so that only `init` fits.
 
     Raises:
       ValueError: a quantizer that is none, or a jitted `apply_fn`; in the returned function: a
         pattern that matches no layer or is wholly shadowed (with the paths of the layers), a layer
         that is neither fitted nor mutable (with its path), nn.jit around a layer.
     """
-    quantizers = by_pattern(quantizer)
+    quantizers = inputs.by_pattern(quantizer)
     _check_not_jitted(apply_fn, "apply_fn")
 
     @functools.wraps(apply_fn)
@@ -62,7 +62,7 @@ def quantize_inputs(apply_fn: Callable, quantizer, where: str = ".*") -> Callabl
 
         def visit(module, path, x):
             seen[path] = None
-            chosen = choose(quantizers, where, path)
+            chosen = inputs.choose(quantizers, where, path)
             if chosen is None:
                 return x
             if stochastic and not module.scope.has_rng(RNG_STREAM):
@@ -75,7 +75,7 @@ def quantize_inputs(apply_fn: Callable, quantizer, where: str = ".*") -> Callabl
         with nn.intercept_methods(_at_layers(visit)):
             out = apply_fn(*args, **kwargs)
         variables = args[0] if args else kwargs.get("variables")
-        check_patterns(quantizers, where, [*seen, *_known(variables, quantizers, where)])
+        inputs.check_patterns(quantizers, where, [*seen, *_known(variables, quantizers, where)])
         return out
 
     return apply
@@ -87,7 +87,7 @@ def calibrate(apply: Callable, variables: Mapping, batches: Iterable, **kwargs) 
     Args:
       apply: what `quantize_inputs` returned.
       variables: of the model; state that it holds already is updated.
-      batches: arrays (or trees of arrays) for the model's second argument; an array is one batch.
+      batches: inputs of the model, arrays or trees of arrays; a single array is one batch.
       **kwargs: further arguments of apply, such as `train=False`.
 
     Raises:
@@ -133,27 +133,7 @@ def calibrate_batch_norm(apply: Callable, variables: Mapping, x, n=6, **kwargs) 
     _check_not_jitted(apply, "apply")
     if not isinstance(n, jax.core.Tracer) and not n > 0:
         raise ValueError(f"n must be positive, got {n!r}")
-    if not any(collection in variables for collection in COLLECTIONS):
-        variables = {**variables, **_fit(apply, variables, x, kwargs)}
-    bare = {name: values for name, values in variables.items() if name not in COLLECTIONS}
-    with nn.intercept_methods(_replace_batch_norms(n)):
-        refitted = _fit(apply, bare, x, kwargs)
-    alone = _fed_by_one_batch_norm(apply, variables, x, kwargs)
-    if not alone:
-        raise ValueError(
-            "no layer's input comes from one batch norm alone: there is nothing to fit to"
-        )
-    merged = dict(variables)
-    for collection in COLLECTIONS:
-        if collection in variables:
-            fresh = flatten_dict(refitted[collection])
-            merged[collection] = unflatten_dict(
-                {
-                    key: fresh[key] if _layer(key) in alone else value
-                    for key, value in flatten_dict(variables[collection]).items()
-                }
-            )
-    return merged
+    return {**variables, **_batch_norm_fit(apply, kwargs)(variables, x, n)}
 
 
 def search_batch_norm_range(
@@ -176,59 +156,19 @@ def search_batch_norm_range(
       ValueError: no candidates, and as `calibrate_batch_norm`.
     """
     _check_not_jitted(apply, "apply")
-
-    @jax.jit
-    def fit(variables, x, n):
-        fitted = calibrate_batch_norm(apply, variables, x, n, **kwargs)
-        return {name: fitted[name] for name in COLLECTIONS if name in fitted}
-
+    fit = _batch_norm_fit(apply, kwargs)
     best = None
     for n in candidates:
         if not n > 0:
             raise ValueError(f"n must be positive, got {n!r}")
-        fitted = {**variables, **fit(variables, x, n)}
+        fitted = {**variables, **fit(variables, x, float(n))}
         value = float(score(fitted))
-        if best is None or value > best[0] or np.isnan(best[0]):
+        value = -np.inf if np.isnan(value) else value
+        if best is None or value > best[0]:
             best = value, fitted, n
     if best is None:
         raise ValueError("search_batch_norm_range needs at least one candidate")
     return best[1:]
-
-
-def by_pattern(quantizer) -> dict[str, InputQuantizer | None]:
-    """Returns {pattern: InputQuantizer | None}; a bare quantizer gets the pattern `.*`.
-
-    Raises:
-      ValueError: neither an InputQuantizer nor a filled dict of them.
-    """
-    quantizers = dict(quantizer) if isinstance(quantizer, Mapping) else {".*": quantizer}
-    strange = [q for q in quantizers.values() if not isinstance(q, InputQuantizer | None)]
-    if not quantizers or strange or not isinstance(quantizer, Mapping | InputQuantizer):
-        raise ValueError(
-            f"expected an InputQuantizer or {{pattern: InputQuantizer | None}}, got {quantizer!r}"
-        )
-    return quantizers
-
-
-def choose(quantizers: Mapping, where: str, path: str) -> InputQuantizer | None:
-    """Returns the quantizer of the layer at `path`, None where it stays as it is."""
-    pattern = paths_lib.first_match(quantizers, path) if paths_lib.matches(where, path) else None
-    return None if pattern is None else quantizers[pattern]
-
-
-def check_patterns(quantizers: Mapping, where: str, layers: Iterable[str]):
-    """Raises ValueError, with the layers' paths, if a pattern owns none of them."""
-    layers = list(dict.fromkeys(layers))
-    if not layers:
-        raise ValueError("the model called no Conv, ConvTranspose, Dense or DenseGeneral layer")
-    considered = paths_lib.assign([where], layers)[where]
-    paths_lib.assign(quantizers, considered)
-
-
-def as_float(x, dtype):
-    """Returns floats as they are, anything else as an array of `dtype`."""
-    x = jnp.asarray(x)
-    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
 
 
 def _at_layers(visit):
@@ -259,8 +199,8 @@ def _at_layers(visit):
 
 def _quantize(quantizer, module, path, x):
     """Quantizes one layer's input, with the state in the layer's own scope."""
-    scope = module.scope
-    x = as_float(x, module.dtype or module.param_dtype)
+    scope, path = module.scope, path or "the model itself"
+    x = inputs.as_float(x, module.dtype or module.param_dtype)
     names = dict(zip(COLLECTIONS, jax.eval_shape(quantizer.init, x), strict=True))
     missing = [
         (collection, name)
@@ -313,7 +253,7 @@ def _known(variables, quantizers, where):
 
     fitted = [_layer(key) for collection in COLLECTIONS for key in keys(collection)]
     kernels = [_layer(key) for key in keys("params") if key[-1] == "kernel"]
-    return fitted + [path for path in kernels if choose(quantizers, where, path) is None]
+    return fitted + [path for path in kernels if inputs.choose(quantizers, where, path) is None]
 
 
 def _layer(key) -> str:
@@ -336,6 +276,36 @@ def _check_not_jitted(fn, name):
     # A compiled function would keep, or lack, what the interceptor does while it is traced.
     if hasattr(fn, "lower"):
         raise ValueError(f"{name} is jitted already: pass the function itself and jit the result")
+
+
+def _batch_norm_fit(apply, kwargs):
+    """Returns the compiled fit(variables, x, n) -> the state of the layers."""
+
+    @jax.jit
+    def fit(variables, x, n):
+        params = {name: values for name, values in variables.items() if name not in COLLECTIONS}
+        seen = {name: variables[name] for name in COLLECTIONS if name in variables}
+        seen = seen or _fit(apply, variables, x, kwargs)
+        with nn.intercept_methods(_replace_batch_norms(n)):
+            fresh = _fit(apply, params, x, kwargs)
+        alone = _fed_by_one_batch_norm(apply, {**params, **seen}, x, kwargs)
+        if not alone:
+            raise ValueError(
+                "no layer's input comes from one batch norm alone: there is nothing to fit to"
+            )
+
+        def merge(seen, fresh):
+            fresh = flatten_dict(fresh)
+            return unflatten_dict(
+                {
+                    key: fresh[key] if _layer(key) in alone else value
+                    for key, value in flatten_dict(seen).items()
+                }
+            )
+
+        return {name: merge(seen[name], fresh[name]) for name in seen}
+
+    return fit
 
 
 def _check_no_nn_jit(module):
@@ -404,14 +374,14 @@ def _fed_by_one_batch_norm(apply, variables, x, kwargs) -> set[str]:
 
     def marked(variables, arrays):
         arrays = iter(arrays)
-        inputs, others = treedef.unflatten(
+        x, others = treedef.unflatten(
             [next(arrays) if d else leaf for leaf, d in zip(leaves, dynamic, strict=True)]
         )
         with (
             nn.intercept_methods(mark_batch_norms),
             nn.intercept_methods(_at_layers(look_at_input)),
         ):
-            return apply(variables, inputs, **others)
+            return apply(variables, x, **others)
 
     arrays = [leaf for leaf, d in zip(leaves, dynamic, strict=True) if d]
     jaxpr = jax.make_jaxpr(marked)(variables, arrays).jaxpr

@@ -15,7 +15,12 @@ def work_dtype(dtype):
 
 def to_codes(x, step, low, high):
     """Returns the integers `clip(round(x / step), low, high)` as floats; shapes broadcast."""
-    return jnp.clip(jnp.round(x * (1 / step)), low, high)
+    return _round(x * (1 / step), low, high)
+
+
+def _round(scaled, low, high):
+    codes = jnp.clip(jnp.round(scaled), low, high)
+    return jnp.where(codes == 0, 0, codes)  # an integer code knows no negative zero
 
 
 @jax.custom_jvp
@@ -34,7 +39,7 @@ def _nearest_on_grid_jvp(primals, tangents):
     x, step, low, high = primals
     dx, dstep = tangents[:2]
     scaled = x * (1 / step)
-    codes = jnp.clip(jnp.round(scaled), low, high)
+    codes = _round(scaled, low, high)
     inside = (scaled >= low) & (scaled <= high)
     tangent = jnp.where(inside, dx, 0) + jnp.where(inside, codes - scaled, codes) * dstep
     return codes * step, tangent

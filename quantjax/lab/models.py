@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from quantjax.lab.names import nearest_name_error
 
 he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-he_fan_in = nn.initializers.he_normal()
 VGG16_STAGES = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
 SAME_AS_TORCH = ((1, 1), (1, 1))  # with stride 2, "SAME" pads only one side
 
@@ -46,10 +45,10 @@ class SmallCNN(nn.Module):
     def __call__(self, x, train: bool = False):
         """Returns the logits [n, classes] of images [n, h, w, c]."""
         for features in (16, 32):
-            x = nn.Conv(features, (3, 3), kernel_init=he_fan_in, dtype=self.dtype)(x)
+            x = nn.Conv(features, (3, 3), dtype=self.dtype)(x)
             x = max_pool_2x2(nn.relu(x))
         x = x.reshape(x.shape[0], -1)
-        x = nn.relu(nn.Dense(64, kernel_init=he_fan_in, dtype=self.dtype)(x))
+        x = nn.relu(nn.Dense(64, dtype=self.dtype)(x))
         return _logits(nn.Dense(self.classes, dtype=self.dtype)(x))
 
 
@@ -66,12 +65,10 @@ class LeNet5(nn.Module):
         """Returns the logits [n, classes] of images [n, h, w, c]."""
         *convolutions, hidden = self.features
         for features in convolutions:
-            layer = nn.Conv(
-                features, (5, 5), padding=self.padding, kernel_init=he_fan_in, dtype=self.dtype
-            )
+            layer = nn.Conv(features, (5, 5), padding=self.padding, dtype=self.dtype)
             x = max_pool_2x2(nn.relu(layer(x)))
         x = x.reshape(x.shape[0], -1)
-        x = nn.relu(nn.Dense(hidden, kernel_init=he_fan_in, dtype=self.dtype)(x))
+        x = nn.relu(nn.Dense(hidden, dtype=self.dtype)(x))
         return _logits(nn.Dense(self.classes, dtype=self.dtype)(x))
 
 

@@ -3,7 +3,6 @@
 They are `matplotlib.figure.Figure` objects, drawn by Agg; pyplot and its global state stay out.
 """
 
-import functools
 import io
 import math
 from collections.abc import Sequence
@@ -46,13 +45,13 @@ def pareto(results: Sequence):
 
     The accuracy axis is logarithmic in the error where errors differ more than fourfold.
     """
-    fig, (ax,) = _figure(7.6, 4.6)
+    fig, (ax,) = _figure(9.3, 5.0, layout="constrained")
     looks = colors(results)
     x = np.array([result.nbytes / 1000 for result in results])
     y = np.array([result.quantized for result in results])
     ax.set_xscale("log")
     _accuracy_axis(ax, y)
-    ax.set_xlim(x.min() / 1.25, x.max() * 1.45)
+    ax.set_xlim(x.min() / 1.6, x.max() * 1.45)
     _size_ticks(ax)
 
     front = pareto_front(x, y)
@@ -66,13 +65,15 @@ def pareto(results: Sequence):
         size = 150 if marker == "*" else 46
         ax.plot(x[mine], y[mine], color=color, lw=0.9, alpha=0.55, zorder=2)
         lines.append((x[mine], y[mine]))
-        ax.scatter(x[mine], y[mine], size, color, marker, edgecolors="white", lw=0.8, zorder=3)
+        ax.scatter(
+            x[mine], y[mine], s=size, c=color, marker=marker, edgecolors="white", lw=0.8, zorder=3
+        )
     texts = [r.title if r.bits >= 32 else f"{r.title} {r.bits:.3g}" for r in results]
     ax.set_xlabel("size of the encoded network, kB")
     ax.set_ylabel("test accuracy of the quantized network, %")
     front_label = ax.annotate(
-        "Pareto front", (1, corners_y[-1]), (0, 4), ax.get_yaxis_transform(), "offset points",
-        ha="right", fontsize=8, color=SOFT,
+        "Pareto front", (1, corners_y[-1]), (0, 4), xycoords=ax.get_yaxis_transform(),
+        textcoords="offset points", ha="right", fontsize=8, color=SOFT,
     )  # fmt: skip
     text_colors = [_darker(looks[r.method][0]) for r in results]
     _place_labels(ax, x, y, texts, text_colors, lines, front_label)
@@ -165,21 +166,19 @@ def histograms(pictures: Sequence[tuple]):
         ax.set_yscale("log")
         ax.set_ylim(0.5, 3 * max(1, counts.max()))
         ax.set_xlim(edges[0], edges[-1])
-        ax.set_title(name(result), loc="left", color=INK, fontsize=9, fontweight="bold", pad=15)
         text = f"{shown.path}, {shown.weights.size:,} weights"
-        text += f" ({shown.note})" if shown.note else ""
-        ax.annotate(text, (0, 1), (0, 4), "axes fraction", "offset points", color=SOFT, fontsize=7)
-        ax.set_xlabel(shown.unit, fontsize=8)
+        _headings(ax, name(result), text + (f" ({shown.note})" if shown.note else ""))
+        ax.set_xlabel(shown.unit)
         ax.yaxis.minorticks_off()
     for ax in axes[::columns]:
-        ax.set_ylabel("weights per bin", fontsize=8)
+        ax.set_ylabel("weights per bin")
     for ax in axes[len(pictures) :]:
         ax.remove()
     return fig
 
 
 def curves(results: Sequence):
-    """Draws training loss and accuracy by step, a column for each method that trained.
+    """Draws training loss and accuracy by step, a pair of panels for each method that trained.
 
     Full precision is repeated in grey. Returns None when no result has a curve.
     """
@@ -194,67 +193,74 @@ def curves(results: Sequence):
     trained = low or trained
     if not trained:
         return None
-    columns = min(4, len(trained))
-    blocks = math.ceil(len(trained) / columns)
-    width = 9.4 if columns > 2 else 4.0 * columns
-    fig, axes = _figure(width, 3.9 * blocks, 2 * blocks, columns)
-    everything = [curve for mine in trained.values() for curve in mine] + [full] * bool(full)
+    columns = min(4, 2 * len(trained))
+    rows = math.ceil(len(trained) / 2)
+    fig, axes = _figure(2.33 * columns, 2.35 * rows, rows, columns)
+    points = [point for mine in trained.values() for curve in mine for point in curve]
+    points += full
     for i, (method, mine) in enumerate(trained.items()):
-        at = i // columns * 2 * columns + i % columns
-        for ax, column in ((axes[at], 1), (axes[at + columns], 2)):
+        loss, accuracy = axes[2 * i : 2 * i + 2]
+        for ax, column in ((loss, 1), (accuracy, 2)):
             if full and full not in mine:
-                _line(ax, full, column, color=FAINT, lw=2.2, label="full precision")
-            for style, (curve, rows) in enumerate(mine.items()):
+                _line(ax, full, column, color="#b4b4b4", lw=2.2, label="full precision")
+            for style, (curve, served) in enumerate(mine.items()):
                 dash = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))[style % 4]
-                bits = ", ".join(f"{row.bits:.3g}" for row in rows)
-                label = "full precision" if rows[0].bits >= 32 else f"{bits} bits"
+                bits = ", ".join(f"{row.bits:.3g}" for row in served)
+                label = "full precision" if served[0].bits >= 32 else f"{bits} bits"
                 _line(ax, curve, column, color=looks[method][0], lw=1.5, ls=dash, label=label)
-            if column == 1:
-                _loss_axis(ax, [point[1] for curve in everything for point in curve])
-                title = next(iter(mine.values()))[0].title
-                ax.set_title(title, loc="left", color=INK, fontsize=9, fontweight="bold")
-                ax.tick_params(labelbottom=False)
-            else:
-                _accuracy_axis(ax, [point[2] for curve in everything for point in curve])
-                ax.set_xlabel("step", fontsize=8)
-                # Accuracies saturate: the corner below them is free.
-                ax.legend(
-                    loc="lower right", fontsize=7, labelcolor=INK, handlelength=2.4,
-                    edgecolor="none", framealpha=0.8,
-                )  # fmt: skip
-            if i % columns:
-                ax.tick_params(labelleft=False)
-            else:
-                ax.set_ylabel("training loss" if column == 1 else "test accuracy, %", fontsize=8)
-    for i in range(len(trained), blocks * columns):
-        at = i // columns * 2 * columns + i % columns
-        axes[at].remove()
-        axes[at + columns].remove()
+            ax.set_xlabel("step")
+        _loss_axis(loss, [point[1] for point in points])
+        _accuracy_axis(accuracy, [point[2] for point in points])
+        _headings(loss, next(iter(mine.values()))[0].title, "training loss")
+        _headings(accuracy, "", "test accuracy of the float weights, %")
+        # Accuracies saturate, which leaves room below them.
+        accuracy.legend(loc="best", fontsize=7, labelcolor=INK, handlelength=2.4, frameon=False)
+    for ax in axes[2 * len(trained) :]:
+        ax.remove()
     return fig
 
 
 def png(fig) -> bytes:
-    """Returns a figure as PNG, two pixels per pixel of a page."""
+    """Returns a figure as PNG, three pixels where a page has two."""
     out = io.BytesIO()
     # Light compression: twice as fast as the default, a few kB more.
     fig.savefig(out, format="png", dpi=160, pil_kwargs={"compress_level": 3})
     return out.getvalue()
 
 
-def _figure(width, height, rows=1, columns=1):
+def _figure(width, height, rows=1, columns=1, layout=None):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    fig = Figure((width, height), layout="constrained", facecolor="white")
+    fig = Figure((width, height), layout=layout, facecolor="white")
     FigureCanvasAgg(fig)
     axes = list(fig.subplots(rows, columns, squeeze=False).ravel())
+    if layout is None:
+        # Fixed margins, in inches: a constrained layout draws everything twice.
+        left, right, bottom, top, across, down = 0.62, 0.12, 0.46, 0.44, 0.42, 0.78
+        panel_width = (width - left - right - across * (columns - 1)) / columns
+        panel_height = (height - bottom - top - down * (rows - 1)) / rows
+        fig.subplots_adjust(
+            left=left / width,
+            right=1 - right / width,
+            bottom=bottom / height,
+            top=1 - top / height,
+            wspace=across / panel_width,
+            hspace=down / panel_height,
+        )
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.spines[["left", "bottom"]].set_color(FAINT)
         ax.tick_params(which="both", color=FAINT, labelcolor=SOFT, labelsize=8 if rows < 2 else 7)
         for axis in (ax.xaxis, ax.yaxis):
-            axis.label.set(color=SOFT, fontsize=9)
+            axis.label.set(color=SOFT, fontsize=8)
     return fig, axes
+
+
+def _headings(ax, title, text):
+    ax.set_title(title, loc="left", color=INK, fontsize=9, fontweight="bold", pad=15)
+    look = {"xycoords": "axes fraction", "textcoords": "offset points", "fontsize": 7}
+    ax.annotate(text, (0, 1), (0, 4), color=SOFT, **look)
 
 
 def _flat(tree):
@@ -314,7 +320,7 @@ def _from_height(height):
 def _loss_axis(ax, losses):
     from matplotlib import ticker
 
-    positive = [loss for loss in losses if loss > 0]
+    positive = [loss for loss in losses if 0 < loss < math.inf]
     if positive and max(positive) > 5 * min(positive):
         ax.set_yscale("log")
         ax.set_ylim(min(positive) / 1.3, max(positive) * 1.3)
@@ -326,7 +332,8 @@ def _size_ticks(ax):
     from matplotlib import ticker
 
     low, high = ax.get_xlim()
-    steps = (1, 2, 5) if high / low < 300 else (1,)
+    wide, narrow = high / low > 300, high / low < 6
+    steps = (1,) if wide else (1, 1.5, 2, 3, 4, 5, 6, 8) if narrow else (1, 2, 5)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [step * 10.0**power for power in powers for step in steps]
     ax.xaxis.set_major_locator(ticker.FixedLocator([t for t in ticks if low <= t <= high]))

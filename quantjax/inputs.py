@@ -1,0 +1,47 @@
+"""Which input quantizer takes which layer: what `linen` and `nnx` have in common."""
+
+from collections.abc import Iterable, Mapping
+
+import jax.numpy as jnp
+
+from quantjax.core import paths as paths_lib
+from quantjax.core.quantizer import InputQuantizer
+
+
+def by_pattern(quantizer) -> dict[str, InputQuantizer | None]:
+    """Returns {pattern: InputQuantizer | None}; a bare quantizer gets the pattern `.*`.
+
+    Raises:
+      ValueError: neither an InputQuantizer nor a filled dict of them.
+    """
+    quantizers = dict(quantizer) if isinstance(quantizer, Mapping) else {".*": quantizer}
+    strange = [q for q in quantizers.values() if not isinstance(q, InputQuantizer | None)]
+    if not quantizers or strange or not isinstance(quantizer, Mapping | InputQuantizer):
+        raise ValueError(
+            f"expected an InputQuantizer or {{pattern: InputQuantizer | None}}, got {quantizer!r}"
+        )
+    return quantizers
+
+
+def choose(quantizers: Mapping, where: str, path: str) -> InputQuantizer | None:
+    """Returns the quantizer of the layer at `path`, None where it stays as it is."""
+    pattern = paths_lib.first_match(quantizers, path) if paths_lib.matches(where, path) else None
+    return None if pattern is None else quantizers[pattern]
+
+
+def check_patterns(quantizers: Mapping, where: str, layers: Iterable[str]):
+    """Raises ValueError, with the layers' paths, if a pattern owns none of them."""
+    layers = list(dict.fromkeys(layers))
+    if not layers:
+        raise ValueError(
+            "the model has no layer whose input could be quantized: Conv, ConvTranspose, and "
+            "Dense, DenseGeneral (Linen, those it called) or Linear, LinearGeneral (NNX)"
+        )
+    considered = paths_lib.assign([where], layers)[where]
+    paths_lib.assign(quantizers, considered)
+
+
+def as_float(x, dtype):
+    """Returns floats as they are, anything else as an array of `dtype`."""
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
