@@ -125,9 +125,9 @@ def calibrate(model: nnx.Module, batches: Iterable, **kwargs) -> None:
       batches: inputs of the model, arrays or trees of arrays; a single array is one batch.
       **kwargs: further arguments of the model.
 
-    Not under jit: it creates the state. A layer inside a loop that carries it (a cell of nnx.RNN)
-    cannot be fitted; nnx.scan over stacked layers fits one state per layer. A quantized checkpoint loads into a model that was
-    calibrated on any batch.
+    Not under jit: it creates the state. A quantized checkpoint loads into a model that was
+    calibrated on any batch. nnx.scan over stacked layers fits one state per layer; inside a loop
+    that carries its layers (nnx.RNN) the state cannot be created: leave those layers out.
 
     Raises:
       ValueError: no batches, nothing to calibrate, or a layer that these batches did not reach.

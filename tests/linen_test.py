@@ -589,9 +589,23 @@ def random_norms(variables, seed=0):
     return {**variables, "params": jax.tree_util.tree_map_with_path(change, variables["params"])}
 
 
-@pytest.mark.parametrize("block", [ResBlock, nn.remat(ResBlock, static_argnums=(2,))])
-def test_batch_norm_ranges_of_a_residual_net(block):
-    x, model, n = data(4, 8, 8, 3), ResNet(block), 3.0
+def fed(model, x, **kwargs):
+    """The layers fed by one batch norm alone; nothing is run."""
+    variables = jax.eval_shape(functools.partial(model.init, **kwargs), jax.random.key(0), x)
+    return qnn._fed_by_one_batch_norm(model.apply, variables, x, kwargs)
+
+
+REMAT = nn.remat(ResBlock, static_argnums=(2,))
+
+
+def test_remat_does_not_hide_what_an_input_is_made_of():
+    x = data(4, 8, 8, 3)
+    paths = {"a/Conv_0", "a/Conv_1", "b/Conv_1", "pre"}
+    assert fed(ResNet(), x, train=False) == fed(ResNet(REMAT), x, train=False) == paths
+
+
+def test_batch_norm_ranges_of_a_residual_net():
+    x, model, n = data(4, 8, 8, 3), ResNet(REMAT), 3.0
     variables = random_norms(init(model, x, train=False))
     apply = qnn.quantize_inputs(model.apply, uniform_input(4))
     seen = qnn.calibrate(apply, variables, [x, 1.5 * x], train=False)
@@ -682,18 +696,19 @@ WIRES = {
 
 @pytest.mark.parametrize("name", WIRES)
 def test_what_counts_as_fed_by_one_batch_norm(name):
-    fed, wire = WIRES[name]
-    x, model = data(8, 4), Line(wire)
-    variables = random_norms(init(model, x))
-    apply = qnn.quantize_inputs(model.apply, uniform_input(4))
-    paths = qnn._fed_by_one_batch_norm(
-        apply, qnn.calibrate(apply, variables, x), x, {"rngs": {"quant": jax.random.key(0)}}
-    )
-    # "layer" has a layer of its own, which the batch norm does feed.
-    assert ("out" in paths) == fed, paths
-    if not fed and name != "layer":
-        with pytest.raises(ValueError, match="nothing to fit to"):
-            qnn.calibrate_batch_norm(apply, variables, x)
+    expected, wire = WIRES[name]
+    assert ("out" in fed(Line(wire), data(8, 4))) == expected
+
+
+def test_arrays_among_the_further_arguments_are_data():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, bias):
+            return nn.Dense(2)(nn.BatchNorm(use_running_average=True)(x) + bias)
+
+    x = data(8, 4)
+    assert fed(Model(), x, bias=1.0) == {"Dense_0"}
+    assert fed(Model(), x, bias=data(8, 4)) == set()
 
 
 @pytest.mark.parametrize("options", [{}, {"use_scale": False}, {"dtype": jnp.bfloat16}])
@@ -738,8 +753,8 @@ class PostNorm(nn.Module):
         return nn.relu(nn.BatchNorm(use_running_average=True)(nn.Dense(4)(x))), None
 
 
-@pytest.mark.parametrize(("block", "fed"), [(PreNorm, True), (PostNorm, False)])
-def test_scanned_blocks(block, fed):
+@pytest.mark.parametrize(("block", "by_itself"), [(PreNorm, True), (PostNorm, False)])
+def test_scanned_blocks(block, by_itself):
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -756,7 +771,7 @@ def test_scanned_blocks(block, fed):
     norm = variables["params"]["blocks"]["BatchNorm_0"]
     by_norm = jnp.maximum((norm["bias"] + 2 * jnp.abs(norm["scale"])).max(-1), 0)
     observed = seen["quant_stats"]["blocks"]["Dense_0"]["high"]
-    np.testing.assert_allclose(out["high"], by_norm if fed else observed, rtol=1e-6)
+    np.testing.assert_allclose(out["high"], by_norm if by_itself else observed, rtol=1e-6)
 
 
 def test_learned_steps_are_refitted():
@@ -781,6 +796,9 @@ def test_bad_arguments_of_the_fitting_pass():
         qnn.calibrate_batch_norm(model.apply, variables, x)
     with pytest.raises(ValueError, match="apply is jitted already"):
         qnn.calibrate_batch_norm(jax.jit(apply), variables, x)
+    residual = qnn.quantize_inputs(Line(WIRES["residual"][1]).apply, uniform_input(4))
+    with pytest.raises(ValueError, match="nothing to fit to"):
+        qnn.calibrate_batch_norm(residual, variables, x)
 
 
 def test_the_search_takes_the_best_n_of_training_data():

@@ -11,9 +11,8 @@ import jax
 import optax
 from rich.console import Console
 
-from quantjax.core import qarray
-from quantjax.core.summary import summary
 from quantjax.lab import data, engine, methods, models, report
+from quantjax.lab.deploy import deploy
 from quantjax.lab.recipes import versions
 
 
@@ -191,31 +190,27 @@ def rows(settings: Settings) -> Iterator[report.Result]:
             if trained is None or entry.per_width:
                 trained = run(variables, plan, steps, f"{entry.title}, {bits} bits")
             state, curve = trained
-            yield _deploy(name, entry, plan, state, curve, evaluate, dataset, began)
+            yield _row(name, entry, plan, state, curve, evaluate, dataset, began)
 
 
-def _deploy(name, entry, plan, state, curve, evaluate, dataset, began) -> report.Result:
+def _row(name, entry, plan, state, curve, evaluate, dataset, began) -> report.Result:
     if plan.deploy is None:
-        encoded = plan.method.quantizer.encode(state.params, state.state)
+        shipped = deploy(_plain(state), plan.method.quantizer, state.state)
     else:
-        encoded = plan.deploy.encode(state.params, plan.deploy.init(state.params))
-    table = summary(encoded, state.params)
-    coded = [row for row in table.rows if row.squared_error is not None]
-    weights = sum(_count(row.shape) for row in coded)
-    shipped = {**_plain(state), "params": qarray.decode(encoded)}
+        shipped = deploy(_plain(state), plan.deploy)
     return report.Result(
         method=name,
         title=entry.title,
-        bits=sum(row.bits * _count(row.shape) for row in coded) / weights,
+        bits=shipped.bits,
         full_precision=curve[-1][2],
-        quantized=evaluate(shipped, dataset.test).accuracy,
-        nbytes=table.nbytes,
-        compression=table.compression,
-        weight_error=sum(row.squared_error for row in coded) / len(coded),
+        quantized=evaluate(shipped.variables, dataset.test).accuracy,
+        nbytes=shipped.summary.nbytes,
+        compression=shipped.summary.compression,
+        weight_error=shipped.weight_error,
         seconds=time.monotonic() - began,
         curve=curve,
         params=jax.device_get(state.params),
-        encoded=encoded,
+        encoded=shipped.encoded,
     )
 
 
@@ -223,10 +218,3 @@ def _plain(state: engine.TrainState) -> dict:
     return {
         name: value for name, value in state.variables.items() if name in ("params", "batch_stats")
     }
-
-
-def _count(shape) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

@@ -246,9 +246,27 @@ def train(
             yield Report(state, done + len(chunk), loss, accuracy, time.monotonic() - start)
 
 
-def last(reports: Iterator[Report]) -> Report:
-    """Runs training to its end and returns the last report."""
-    return collections.deque(reports, maxlen=1).pop()
+def fit(
+    task: Task,
+    method: Method,
+    variables: Mapping,
+    total: int,
+    *,
+    batch_size: int,
+    seed: int,
+    steps: Steps | None = None,
+    label: str = "training",
+) -> TrainState:
+    """Trains a phase of `total` steps from `variables` to its end and returns the final state.
+
+    Args:
+      steps: compiled for a member of the method's family; None: compiled here.
+      task, method, variables, total, batch_size, seed, label: as in `init_state` and `train`.
+    """
+    steps = make_steps(task, method) if steps is None else steps
+    state = init_state(task, variables, method, seed)
+    reports = train(task, steps, state, total, batch_size=batch_size, seed=seed, label=label)
+    return collections.deque(reports, maxlen=1).pop().state
 
 
 class Score(NamedTuple):

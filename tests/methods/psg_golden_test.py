@@ -166,8 +166,9 @@ def test_three_training_steps(problem, bits, running, optimizer):
                 # Adam makes a step of the mere rounding error of a weight at its target.
                 moving = np.abs(of(f"grad_{name}")[: step + 1]).min(axis=0).T > 1e-12
                 moving |= optimizer == "sgd"
-                assert np.mean(moving) > 0.99
+                assert np.count_nonzero(~moving) <= 2
                 close(params[path][moving], of(name)[step].T[moving], "float64")
+                params[path] = jnp.asarray(of(name)[step].T)
 
 
 def quad(arrays):

@@ -1,0 +1,70 @@
+"""The command `quantjax`: compare, run, results."""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Runs a recipe of the folder experiments/ and writes its record."""
+
+    experiment: str
+    """Name of a file in experiments/, or a path."""
+    out: Path | None = None
+    """Folder of the record; experiments/results if not given."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command and returns its exit status; bad input gives one line, not a trace."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        import tyro
+    except ImportError:
+        print("quantjax: the command line needs the extra: pip install 'quantjax[lab]'")
+        return 2
+    from quantjax.lab import recipes, results
+    from quantjax.lab.compare import Settings, compare
+
+    positional = tyro.conf.Positional
+
+    def run(
+        experiment: Annotated[str, positional],
+        context: Annotated[recipes.Context, tyro.conf.arg(name="")] = recipes.Context(),  # noqa: B008
+        out: Path | None = None,
+    ):
+        """Runs a recipe of experiments/ and writes its record.
+
+        Args:
+          experiment: name of a file in experiments/, or a path.
+          out: folder of the record; experiments/results if not given.
+        """
+        print(f"record: {recipes.run(experiment, context, out)}")
+
+    def comparison(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings()):  # noqa: B008
+        """Puts methods side by side on the same data and writes a report."""
+        compare(settings)
+
+    def table(write: Path | None = None):
+        """Prints the table of recorded results.
+
+        Args:
+          write: a Markdown file whose results section is replaced.
+        """
+        results.show(write)
+
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            {"compare": comparison, "run": run, "results": table},
+            prog="quantjax",
+            description="Neural networks of four bits and less.",
+            args=arguments,
+        )
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"quantjax: {error}", file=sys.stderr)
+        return 2
+    return 0

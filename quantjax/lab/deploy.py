@@ -1,0 +1,49 @@
+"""What ships of a trained network: its weights encoded, and what that costs."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from quantjax.core import qarray
+from quantjax.core.quantizer import Quantizer, QuantState
+from quantjax.core.summary import Row, Summary, summary
+
+
+class Deployed(NamedTuple):
+    """A network as it ships."""
+
+    variables: dict  # with the decoded weights: what is evaluated
+    encoded: Any  # params whose quantized leaves are Grid, Table or MultiBit
+    summary: Summary  # beside the float weights
+
+    @property
+    def layers(self) -> list[Row]:
+        """The rows of the quantized leaves."""
+        return [row for row in self.summary.rows if row.squared_error is not None]
+
+    @property
+    def bits(self) -> float:
+        """Average bits per quantized weight."""
+        sizes = [math.prod(row.shape) for row in self.layers]
+        return sum(row.bits * size for row, size in zip(self.layers, sizes, strict=True)) / sum(
+            sizes
+        )
+
+    @property
+    def weight_error(self) -> float:
+        """The MSE of PSG's table A1: squared errors of all quantized layers over their number."""
+        return sum(row.squared_error for row in self.layers) / len(self.layers)
+
+
+def deploy(variables: Mapping, quantizer: Quantizer, state: QuantState | None = None) -> Deployed:
+    """Encodes the params of a network.
+
+    Args:
+      variables: of the float network.
+      quantizer: what it ships in.
+      state: trained with it; None: fitted to the final weights.
+    """
+    params = variables["params"]
+    encoded = quantizer.encode(params, quantizer.init(params) if state is None else state)
+    shipped = {**variables, "params": qarray.decode(encoded)}
+    return Deployed(shipped, encoded, summary(encoded, params))
