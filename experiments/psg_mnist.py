@@ -12,7 +12,7 @@ from quantjax.lab.deploy import deploy
 
 TITLE = "PSG from scratch on MNIST, LeNet-5, weights only"
 WIDTHS = (4, 3, 2)
-STRENGTHS = {4: (10.0, 30.0, 100.0), 3: (10.0, 30.0, 60.0), 2: (10.0, 20.0, 40.0)}
+STRENGTHS = {4: (100.0, 200.0, 400.0), 3: (50.0, 100.0, 200.0), 2: (10.0, 20.0, 30.0)}
 EPOCHS, SEARCH_EPOCHS, BATCH, RATE = 8, 3, 128, 0.03
 
 

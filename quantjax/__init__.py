@@ -1,5 +1,7 @@
 """Neural networks of four bits and less, as pure functions:  import quantjax as qj."""
 
+import importlib
+
 from quantjax.core.qarray import Grid, MultiBit, Table, decode
 from quantjax.core.quantizer import (
     InputQuantizer,
@@ -24,7 +26,9 @@ __all__ = [
     "chain",
     "decay_mask",
     "decode",
+    "linen",
     "nearest",
+    "nnx",
     "owned",
     "partition",
     "position_scale",
@@ -37,3 +41,9 @@ __all__ = [
     "warp",
     "zero",
 ]
+
+
+def __getattr__(name):
+    if name in ("linen", "nnx"):  # only these need Flax
+        return importlib.import_module(f"quantjax.{name}")
+    raise AttributeError(f"module 'quantjax' has no attribute {name!r}")

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import optax
 from rich.console import Console
 
 from quantjax.lab import data, engine, methods, models, report
@@ -60,7 +59,7 @@ def resolve(settings: Settings) -> Settings:
     for name in filled.methods:
         entry = methods.find(name)
         for bits in filled.bits:
-            entry.plan(bits, optax.constant_schedule(0.0))  # checks the width
+            entry.plan(bits, 10)  # checks the width
     if not filled.methods or not filled.bits:
         raise ValueError("nothing to compare: give at least one method and one width")
     for name in ("epochs", "batch_size"):
@@ -124,16 +123,13 @@ def describe(settings: Settings) -> dict:
 def rows(settings: Settings) -> Iterator[report.Result]:
     """Yields full precision first, then a row per method and width."""
     dataset = data.load(settings.dataset, settings.data_dir)
-    task = engine.Task(
-        models.build(settings.model, dataset.classes),
-        dataset,
-        augment=dataset.train.images.shape[1] >= 32,
-    )
+    model = models.build(settings.model, dataset.classes)
+    task = engine.Task(model, dataset, augment=dataset.train.images.shape[1] >= 32)
     evaluate = engine.make_evaluate(task)
     total = settings.epochs * max(1, len(dataset.train.labels) // settings.batch_size)
 
-    def run(variables, plan, steps, label):
-        state = engine.init_state(task, variables, plan.method, settings.seed)
+    def run(variables, method, steps, label):
+        state = engine.init_state(task, variables, method, settings.seed)
         curve = []
         for done in engine.train(
             task,
@@ -150,68 +146,56 @@ def rows(settings: Settings) -> Iterator[report.Result]:
         return done.state, tuple(curve)
 
     began = time.monotonic()
-    plain = methods.Plan(
-        engine.Method(
-            optax.chain(
-                optax.add_decayed_weights(1e-4),
-                optax.sgd(optax.cosine_decay_schedule(0.05, total), momentum=0.9),
-            )
-        )
-    )
-    start, curve = run(
-        task.init(settings.seed), plain, engine.make_steps(task, plain.method), "full precision"
-    )
-    variables = jax.device_get(_plain(start))
-    float_bytes = 4 * sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-    accuracy = curve[-1][2]
+    first = task.init(settings.seed)
+    method = methods.full_precision(total)
+    state, float_curve = run(first, method, engine.make_steps(task, method), "full precision")
+    trained = _plain(state)
+    accuracy = float_curve[-1][2]
     yield report.Result(
         method="float",
         title="full precision",
         bits=32,
         full_precision=accuracy,
         quantized=accuracy,
-        nbytes=float_bytes,
+        nbytes=sum(leaf.nbytes for leaf in jax.tree.leaves(trained["params"])),
         compression=1.0,
         weight_error=0.0,
         seconds=time.monotonic() - began,
-        curve=curve,
-        params=variables["params"],
-        encoded=variables["params"],
+        curve=float_curve,
+        params=trained["params"],
+        encoded=trained["params"],
     )
-    rate = optax.cosine_decay_schedule(0.01, total)
     for name in settings.methods:
         entry = methods.find(name)
-        steps = trained = None
+        start = trained if entry.pretrained else first
+        steps = None
         for bits in settings.bits:
             began = time.monotonic()
-            plan = entry.plan(bits, rate)
-            # One compiled step serves all widths: they differ in their states alone.
-            steps = steps or engine.make_steps(task, plan.method)
-            if trained is None or entry.per_width:
-                trained = run(variables, plan, steps, f"{entry.title}, {bits} bits")
-            state, curve = trained
-            yield _row(name, entry, plan, state, curve, evaluate, dataset, began)
-
-
-def _row(name, entry, plan, state, curve, evaluate, dataset, began) -> report.Result:
-    if plan.deploy is None:
-        shipped = deploy(_plain(state), plan.method.quantizer, state.state)
-    else:
-        shipped = deploy(_plain(state), plan.deploy)
-    return report.Result(
-        method=name,
-        title=entry.title,
-        bits=shipped.bits,
-        full_precision=curve[-1][2],
-        quantized=evaluate(shipped.variables, dataset.test).accuracy,
-        nbytes=shipped.summary.nbytes,
-        compression=shipped.summary.compression,
-        weight_error=shipped.weight_error,
-        seconds=time.monotonic() - began,
-        curve=curve,
-        params=jax.device_get(state.params),
-        encoded=shipped.encoded,
-    )
+            plan = entry.plan(bits, total)
+            variables, quant_state, curve = trained, None, float_curve
+            if plan.method is not None:
+                # One compiled step serves all widths: they differ in their states alone.
+                steps = steps or engine.make_steps(task, plan.method)
+                state, curve = run(start, plan.method, steps, f"{entry.title}, {bits} bits")
+                variables, quant_state = _plain(state), state.state
+            if plan.deploy is None:
+                shipped = deploy(variables, plan.method.quantizer, quant_state)
+            else:
+                shipped = deploy(variables, plan.deploy)
+            yield report.Result(
+                method=name,
+                title=entry.title,
+                bits=shipped.bits,
+                full_precision=curve[-1][2],
+                quantized=evaluate(shipped.variables, dataset.test).accuracy,
+                nbytes=shipped.summary.nbytes,
+                compression=shipped.summary.compression,
+                weight_error=shipped.weight_error,
+                seconds=time.monotonic() - began,
+                curve=curve,
+                params=variables["params"],
+                encoded=shipped.encoded,
+            )
 
 
 def _plain(state: engine.TrainState) -> dict:

@@ -1,1 +1,2 @@
-def show(w): pass
+def show(w):
+    pass
