@@ -129,12 +129,20 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x, train: bool = False):
         """Returns the logits [n, classes] of images [n, h, w, c]."""
-        x = _conv3x3(16, 1, self.dtype)(x)
-        x = nn.relu(_batch_norm(train, self.dtype)(x))
-        for stage, features in enumerate((16, 32, 64)):
-            for block in range((self.depth - 2) // 6):
-                stride = 2 if stage > 0 and block == 0 else 1
-                x = BasicBlock(features, stride, self.dtype)(x, train)
+        x = _residual_stages(x, (16, 32, 64), (self.depth - 2) // 6, self.dtype, train)
+        return _logits(nn.Dense(self.classes, dtype=self.dtype)(x.mean(axis=(1, 2))))
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 for images from 32x32: four stages of two blocks, 64 to 512 wide, no stem pool."""
+
+    classes: int = 10
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        """Returns the logits [n, classes] of images [n, h, w, c]."""
+        x = _residual_stages(x, (64, 128, 256, 512), 2, self.dtype, train)
         return _logits(nn.Dense(self.classes, dtype=self.dtype)(x.mean(axis=(1, 2))))
 
 
@@ -159,6 +167,7 @@ MODELS = {
     "small-cnn": SmallCNN,
     "lenet5": lenet5,
     "lenet5-wide": lenet5_wide,
+    "resnet18": ResNet18,
     "resnet20": partial(ResNet, 20),
     "resnet32": partial(ResNet, 32),
     "resnet56": partial(ResNet, 56),
@@ -194,6 +203,16 @@ def default_model(dataset_name: str, image_shape: tuple[int, ...] | None = None)
     if side < 16:  # LeNet-5 without padding has nothing left to pool
         return "small-cnn"
     return "lenet5" if side < 32 else "resnet20"
+
+
+def _residual_stages(x, widths: tuple[int, ...], blocks: int, dtype, train: bool):
+    """A convolution, then stages of basic blocks; all stages but the first halve the map."""
+    x = nn.relu(_batch_norm(train, dtype)(_conv3x3(widths[0], 1, dtype)(x)))
+    for stage, features in enumerate(widths):
+        for block in range(blocks):
+            stride = 2 if stage > 0 and block == 0 else 1
+            x = BasicBlock(features, stride, dtype)(x, train)
+    return x
 
 
 def _conv3x3(features: int, stride: int, dtype, use_bias: bool = False) -> nn.Conv:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from quantjax.lab.models import VGG16_STAGES, VGG16BN, LeNet5, ResNet, SmallCNN
+from quantjax.lab.models import VGG16_STAGES, VGG16BN, LeNet5, ResNet, ResNet18, SmallCNN
 
 BATCH_NORM = {
     "weight": "params/{}/scale",
@@ -95,14 +95,16 @@ def import_state_dict(
 def torch_layers(model: nn.Module) -> dict[str, Layer]:
     """Returns torch prefix -> Layer under the names that public checkpoints use.
 
-    ResNet: conv1, bn1, layer1.0.conv1, layer2.0.downsample.0, fc. VGG16BN: features.0, classifier.
+    ResNets: conv1, bn1, layer1.0.conv1, layer2.0.downsample.0, fc. VGG16BN: features.0, classifier.
     LeNet5 and SmallCNN: conv1, conv2, fc1, fc2.
 
     Raises:
       ValueError: another kind of model.
     """
     if isinstance(model, ResNet):
-        return _resnet_layers((model.depth - 2) // 6)
+        return _resnet_layers(stages=3, blocks=(model.depth - 2) // 6)
+    if isinstance(model, ResNet18):
+        return _resnet_layers(stages=4, blocks=2)
     if isinstance(model, VGG16BN):
         return _vgg16_layers()
     if isinstance(model, LeNet5 | SmallCNN):
@@ -119,9 +121,9 @@ def torch_layers(model: nn.Module) -> dict[str, Layer]:
     )
 
 
-def _resnet_layers(blocks: int) -> dict[str, Layer]:
+def _resnet_layers(stages: int, blocks: int) -> dict[str, Layer]:
     layers = {"conv1": Layer("Conv_0"), "bn1": Layer("BatchNorm_0"), "fc": Layer("Dense_0")}
-    for stage in range(3):
+    for stage in range(stages):
         for block in range(blocks):
             prefix, path = f"layer{stage + 1}.{block}", f"BasicBlock_{stage * blocks + block}"
             pairs = [("conv1", "bn1"), ("conv2", "bn2")]

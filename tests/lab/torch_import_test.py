@@ -3,11 +3,15 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import quantjax as qj
 from quantjax.lab import data, models
+from quantjax.lab.deploy import deploy
+from quantjax.lab.engine import Task, make_evaluate
 from quantjax.lab.torch_import import Layer, import_state_dict, load_torch, torch_layers
 
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden"
@@ -202,16 +206,25 @@ def test_files(tmp_path):
     "QUANTJAX_DATA_DIR" not in os.environ,
     reason="QUANTJAX_DATA_DIR names no directory of prepared TFDS sets",
 )
-def test_public_resnet_reaches_its_accuracy_on_cifar100():
+@pytest.mark.parametrize(("bits", "expected"), [(None, 69.63), (4, 56.73)])
+def test_public_resnet_reaches_its_accuracy_on_cifar100(bits, expected):
     cifar = data.load("cifar100", os.environ["QUANTJAX_DATA_DIR"])
     model = models.ResNet(32, 100)
     variables = import_state_dict(model, load_torch(RESNET), cifar.test.images.shape[1:])
+    if bits is not None:  # every layer, the dense bias included
+        variables = deploy(variables, qj.uniform(bits, biases=True)).variables
+    evaluate = make_evaluate(Task(model, cifar))
+    assert evaluate(variables, cifar.test).accuracy == pytest.approx(expected, abs=0.1)
 
-    @jax.jit
-    def predict(images):
-        return model.apply(variables, data.normalize(images, cifar.mean, cifar.std)).argmax(-1)
 
-    batches = np.split(cifar.test.images, 20)
-    predicted = np.concatenate([predict(batch) for batch in batches])
-    accuracy = 100 * (predicted == cifar.test.labels).mean()
-    assert accuracy == pytest.approx(69.63, abs=0.1)
+@needs_golden
+def test_public_resnet_rounded_to_four_bits_gives_the_stored_logits():
+    golden = np.load(GOLDEN / "psg_ckpt_ResNet82.npz")
+    model = models.ResNet(32, 100)
+    variables = import_state_dict(model, load_torch(RESNET), (32, 32, 3))
+    shipped = deploy(variables, qj.uniform(4, biases=True))
+    images = jnp.asarray(golden["input"].transpose(0, 2, 3, 1))
+    logits = jax.jit(model.apply)(shipped.variables, images)
+    np.testing.assert_allclose(logits, golden["logits.b4.f32"], rtol=1e-4, atol=1e-4)
+    total = sum(row.squared_error for row in shipped.layers if row.path.endswith("kernel"))
+    np.testing.assert_allclose(total, golden["sse_total.b4"], rtol=1e-5)
