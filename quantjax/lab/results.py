@@ -1,2 +1,93 @@
-def show(w):
-    pass
+"""The table of recorded results: `quantjax results`, and the README's section that it writes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from quantjax.lab.recipes import FOLDER
+
+BEGIN, END = "<!-- results: written by `quantjax results --write README.md` -->", "<!-- end -->"
+COLUMNS = ("full precision", "low precision", "accuracy", "sparse", "MSE")
+
+
+def show(write: Path | None = None, folder: Path = FOLDER / "results"):
+    """Prints the records of a folder as Markdown, or writes them into a file's results section.
+
+    Raises:
+      FileNotFoundError: no records; ValueError: the file has no results section.
+    """
+    text = markdown(load(folder))
+    if write is None:
+        print(text)
+    else:
+        write.write_text(replaced(write.read_text(), text))
+        print(f"wrote {write}")
+
+
+def load(folder: Path) -> list[dict]:
+    """Returns the records in a folder, sorted by file name.
+
+    Raises:
+      FileNotFoundError: there are none.
+    """
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    if not records:
+        raise FileNotFoundError(f"no records in {folder}: run `quantjax run EXPERIMENT` first")
+    return records
+
+
+def replaced(page: str, text: str) -> str:
+    """Returns the page with the text between its two results marks.
+
+    Raises:
+      ValueError: a mark is missing.
+    """
+    if BEGIN not in page or END not in page:
+        raise ValueError(f"the file has no results section: {BEGIN} ... {END}")
+    before, rest = page.split(BEGIN, 1)
+    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}"
+
+
+def markdown(records: list[dict]) -> str:
+    """Returns a table per record: mean and deviation over seeds, the paper's numbers below ours."""
+    return "\n\n".join(_section(record) for record in records if "rows" in record)
+
+
+def _section(record: dict) -> str:
+    groups = {}
+    for row in record["rows"]:
+        if any(name in row for name in COLUMNS) and "seed" in row:
+            key = (row["row"], row.get("bits", row.get("sparsity")))
+            groups.setdefault(key, []).append(row)
+    used = [name for name in COLUMNS if any(name in row for g in groups.values() for row in g)]
+    width = "sparsity" if any("sparsity" in g[0] for g in groups.values()) else "bits"
+    with_paper = any("paper" in g[0] for g in groups.values())
+    header = ["", width, *used, *(["paper"] if with_paper else [])]
+    lines = [header, ["---"] * len(header)]
+    for (name, size), rows in groups.items():
+        cells = [_mean([row[column] for row in rows if column in row]) for column in used]
+        paper = rows[0].get("paper", {})
+        told = [" / ".join(f"{paper[c]:g}" for c in used if c in paper)] if with_paper else []
+        lines.append([name, f"{size:g}", *cells, *told])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    seeds = len({row["seed"] for rows in groups.values() for row in rows})
+    notes = [
+        f"{seeds} seed{'s' if seeds > 1 else ''}",
+        record["device"],
+        f"jax {record['versions']['jax']}",
+        f"{record.get('seconds', 0) / 60:.0f} min",
+    ]
+    if record["scale"] != 1:
+        notes.insert(0, f"**every phase shortened to {record['scale']:g} of the paper's**")
+    if not record["complete"]:
+        notes.insert(0, "**interrupted**")
+    return f"**{record['title']}**\n{', '.join(notes)}: `{record['command']}`\n\n{table}"
+
+
+def _mean(values: list[float]) -> str:
+    if not values:
+        return ""
+    digits = 2 if max(map(abs, values)) >= 1 else 3
+    deviation = f" ± {np.std(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{deviation}"

@@ -1,0 +1,41 @@
+"""The README is true: its snippets run, its commands exist, its results are the records'."""
+
+import re
+from pathlib import Path
+
+from quantjax.lab import results
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_snippets_run_in_order(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 4
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert "Grid" in capsys.readouterr().out
+
+
+def test_the_two_commands_are_the_ones_of_ci():
+    commands = re.findall(r"```bash\n(.*?)\n```", README, re.DOTALL)
+    assert commands == [
+        'pip install -e ".[lab]" && quantjax compare',
+        'pip install -e ".[test]" && pytest',
+    ]
+    assert commands[1] in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_results_are_the_records():
+    text = results.markdown(results.load(ROOT / "experiments" / "results"))
+    assert results.replaced(README, text) == README
+
+
+def test_pictures_and_files_that_it_names_exist():
+    names = re.findall(r"\]\(([^)]+)\)", README) + re.findall(
+        r"`([\w/]+\.(?:py|ipynb|txt))`", README
+    )
+    assert names
+    for name in names:
+        assert (ROOT / name).exists(), name
