@@ -1,87 +1,70 @@
-"""PSG from scratch: LeNet-5 (20-50-500) on MNIST, weights at 4, 3 and 2 bits, beside plain SGD.
+"""PSG on MNIST: LeNet-5 (20-50-500) from scratch, weights at 4, 3 and 2 bits, beside plain SGD.
 
-The strength of a width is the one whose rounded network is best on 5,000 held-out training
-images (appendix G of the paper); then every seed is trained on all training images.
+Six epochs. As in the paper, PSG begins at the first decay of the learning rate, except at 2 bits,
+where it begins with the first step and there is no weight decay. The strength of a width is the
+one whose rounded network is best on 5,000 held-out training images (appendix G); then every seed
+is trained on all training images.
 """
 
-import optax
-
 import quantjax as qj
-from quantjax.lab import data, engine, models
+from quantjax.lab import protocol
 from quantjax.lab.deploy import deploy
 
-TITLE = "PSG from scratch on MNIST, LeNet-5, weights only"
-WIDTHS = (4, 3, 2)
-STRENGTHS = {4: (100.0, 200.0, 400.0), 3: (50.0, 100.0, 200.0), 2: (10.0, 20.0, 30.0)}
-EPOCHS, SEARCH_EPOCHS, BATCH, RATE = 8, 3, 128, 0.03
+TITLE = "PSG on MNIST from scratch: LeNet-5 20-50-500, weights only"
+CANDIDATES = {4: (100.0, 400.0), 3: (100.0, 400.0), 2: (10.0, 20.0)}
 
 
 def run(context):
     """Yields the searched strengths, then per seed SGD's rounding and PSG at every width."""
-    dataset = data.load("mnist", context.data_dir)
-    train, held_out = data.holdout(dataset.train, 5000, seed=0)
-    search = trainer(dataset._replace(train=train, test=held_out), context, SEARCH_EPOCHS)
-    best = {}
-    for bits in context.widths(WIDTHS):
-        found = {s: search(bits, s, seed=0)["low precision"] for s in STRENGTHS[bits]}
-        best[bits] = max(found, key=found.get)
-        yield {"row": "held-out accuracy", "bits": bits, "of": found, "strength": best[bits]}
-    full = trainer(dataset, context, EPOCHS)
+    parts = protocol.make(
+        context,
+        "mnist",
+        "lenet5",
+        rates={0: 0.03, 4: 0.01, 5: 0.002},
+        switch=4,
+        end=6,
+        augment=False,
+    )
+    widths = context.widths(tuple(CANDIDATES))
+    starts = {}  # SGD before the switch, trained once for all widths
+    strengths = {}
+    for bits in widths:
+        found = parts.search(CANDIDATES[bits], late(bits, 0, starts), qj.uniform(bits))
+        strengths[bits] = max(found, key=found.get)
+        yield {"row": "held-out accuracy", "bits": bits, "of": found}
     for seed in context.seeds:
-        for bits, scores in full(context.widths(WIDTHS), None, seed).items():
-            yield {"row": "SGD, rounded", "bits": bits, "seed": seed, **scores}
-        for bits in context.widths(WIDTHS):
-            scores = full(bits, best[bits], seed)
-            yield {"row": "PSG", "bits": bits, "seed": seed, "strength": best[bits], **scores}
+        starts = {seed: parts.plain(seed)}
+        plain = parts.late("sgd", protocol.sgd, starts[seed], seed)
+        for bits in widths:
+            yield row("SGD, rounded", parts, plain, bits, seed)
+        for bits in widths:
+            trained = late(bits, seed, starts)(parts, strengths[bits])
+            yield row("PSG", parts, trained, bits, seed) | {"strength": strengths[bits]}
 
 
-def trainer(dataset, context, epochs):
-    """Returns (bits, strength, seed) -> scores; with strength None, SGD's at several widths."""
-    task = engine.Task(models.build("lenet5", dataset.classes), dataset)
-    total = context.steps(epochs, len(dataset.train.labels) // BATCH)
-    evaluate = engine.make_evaluate(task)
-    rate = optax.cosine_decay_schedule(RATE, total)
-    compiled = {}  # one program for SGD, and one for PSG at all widths
+def late(bits, seed, starts):
+    """Returns (parts, strength) -> variables after PSG, from starts[seed] or the first weights."""
 
-    def scores(variables, bits):
-        shipped = deploy(variables, qj.uniform(bits))
-        return {
-            "full precision": round(evaluate(variables, dataset.test).accuracy, 2),
-            "low precision": round(evaluate(shipped.variables, dataset.test).accuracy, 2),
-            "MSE": round(shipped.weight_error, 5),
-            "squared error": {row.path: round(row.squared_error, 5) for row in shipped.layers},
-        }
-
-    def train(bits, strength, seed):
-        if strength is None:
-            decay = optax.add_decayed_weights(1e-4)
-            method = engine.Method(optax.chain(decay, optax.sgd(rate, momentum=0.9)))
-        else:
-            chain = optax.inject_hyperparams(qj.psg)(
-                rate,
-                qj.uniform(bits, momentum=0.1),
-                strength=strength,
-                weight_decay=1e-4 if bits > 2 else 0.0,  # none at 2 bits (appendix C)
-            )
-            method = engine.Method(chain)
-        label = "SGD" if strength is None else "PSG"
-        if label not in compiled:
-            compiled[label] = engine.make_steps(task, method)
-        try:
-            state = engine.fit(
-                task,
-                method,
-                task.init(seed),
-                total,
-                batch_size=BATCH,
-                seed=seed,
-                steps=compiled[label],
-                label=label,
-            )
-        except FloatingPointError:
-            return {"full precision": 0.0, "low precision": 0.0, "diverged": True}
-        if strength is None:
-            return {width: scores(state.variables, width) for width in bits}
-        return scores(state.variables, bits)
+    def train(parts, strength):
+        decay = 0.0 if bits == 2 else 1e-4
+        chain = protocol.psg(qj.uniform(bits, momentum=0.1), strength, weight_decay=decay)
+        if bits == 2:
+            whole = parts._replace(switch=0)
+            return whole.late("psg, all epochs", chain, parts.task.init(seed), seed)
+        if seed not in starts:
+            starts[seed] = parts.plain(seed)
+        return parts.late("psg", chain, starts[seed], seed)
 
     return train
+
+
+def row(name, parts, variables, bits, seed):
+    """Returns one row of the record, with the squared weight error of every layer."""
+    layers = deploy(variables, qj.uniform(bits)).layers
+    return {
+        "row": name,
+        "bits": bits,
+        "seed": seed,
+        **parts.scores(variables, qj.uniform(bits)),
+        "squared error": {layer.path: round(layer.squared_error, 4) for layer in layers},
+    }

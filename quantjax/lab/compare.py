@@ -13,6 +13,7 @@ from rich.console import Console
 from quantjax.lab import data, engine, methods, models, report
 from quantjax.lab.deploy import deploy
 from quantjax.lab.recipes import versions
+from quantjax.lab.rows import Result, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ def check_writable(folder: Path):
     probe.unlink()
 
 
-def compare(settings: Settings) -> list[report.Result]:
+def compare(settings: Settings) -> list[Result]:
     """Runs the comparison, prints its table and writes its report; returns the rows.
 
     An interrupted comparison leaves the rows it finished in the report.
@@ -103,7 +104,7 @@ def compare(settings: Settings) -> list[report.Result]:
     finally:
         if results:
             page = report.write(settings.out, described, results, complete=complete)
-            console.print(report.table(results))
+            console.print(table(results))
             console.print(f"report: {page}")
     return results
 
@@ -120,7 +121,7 @@ def describe(settings: Settings) -> dict:
     return {**shown, "device": device.device_kind, "versions": versions(), "command": command}
 
 
-def rows(settings: Settings) -> Iterator[report.Result]:
+def rows(settings: Settings) -> Iterator[Result]:
     """Yields full precision first, then a row per method and width."""
     dataset = data.load(settings.dataset, settings.data_dir)
     model = models.build(settings.model, dataset.classes)
@@ -151,7 +152,7 @@ def rows(settings: Settings) -> Iterator[report.Result]:
     state, float_curve = run(first, method, engine.make_steps(task, method), "full precision")
     trained = _plain(state)
     accuracy = float_curve[-1][2]
-    yield report.Result(
+    yield Result(
         method="float",
         title="full precision",
         bits=32,
@@ -182,7 +183,7 @@ def rows(settings: Settings) -> Iterator[report.Result]:
                 shipped = deploy(variables, plan.method.quantizer, quant_state)
             else:
                 shipped = deploy(variables, plan.deploy)
-            yield report.Result(
+            yield Result(
                 method=name,
                 title=entry.title,
                 bits=shipped.bits,

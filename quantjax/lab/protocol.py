@@ -137,10 +137,11 @@ def make(
     switch: float,
     end: float,
     batch_size: int = 128,
+    augment: bool = True,
 ) -> Protocol:
-    """Returns the protocol of a table; images are cropped and flipped at random."""
+    """Returns the protocol of a table; with `augment`, images are cropped and flipped at random."""
     loaded = data.load(dataset, context.data_dir)
-    task = engine.Task(models.build(model, loaded.classes), loaded, augment=True)
+    task = engine.Task(models.build(model, loaded.classes), loaded, augment)
     evaluate = engine.make_evaluate(task)
     return Protocol(context, task, evaluate, rates, switch, end, batch_size, {})
 

@@ -15,6 +15,7 @@ from rich.console import Console
 
 import quantjax as qj
 from quantjax.lab import plots, report
+from quantjax.lab import rows as rows_lib
 
 FLOAT32 = np.dtype("float32")
 SETTINGS = {
@@ -91,7 +92,7 @@ def make(method="psg", bits=4.0, quantized=97.5, encoded=None, params=None, **ot
         "params": params,
         "encoded": encoded,
     }
-    return report.Result(**(fields | other))
+    return rows_lib.Result(**(fields | other))
 
 
 def everything():
@@ -174,7 +175,7 @@ def test_the_page_says_what_was_run(tmp_path):
     for part in ("mlp on digits", "3 epochs", "seed 0", "on cpu", "jax 0.10.2", "batch_size"):
         assert part in text
     assert SETTINGS["command"] in text
-    for column in report.COLUMNS:
+    for column in rows_lib.COLUMNS:
         assert column.meaning in text
     assert "Dense_1/kernel" in text
 
@@ -204,7 +205,7 @@ def test_table_cells(tmp_path):
     expected = ["98.59", "98.10", "1.2", "12.5", "–"]  # noqa: RUF001
     assert set(expected) <= set(page.cells)
     console = Console(width=80, file=io.StringIO())
-    console.print(report.table(everything()))
+    console.print(rows_lib.table(everything()))
     printed = console.file.getvalue()
     assert "98.10" in printed
     assert "12.5" in printed
@@ -245,7 +246,7 @@ def test_escaping(tmp_path):
     assert "<b>" not in text
     assert page.text.count(bad) > 5
     assert "<b>/kernel" in page.cells
-    report.table([make(title="[red]x[/")])  # no markup
+    rows_lib.table([make(title="[red]x[/")])  # no markup
 
 
 def test_interrupted(tmp_path):
@@ -284,7 +285,7 @@ def test_best_per_width():
     low = [("a", 4.0, 90.0), ("b", 4.0, 95.0), ("c", 3.8, 95.0), ("a", 2.0, 50.0), ("b", 0.7, 60.0)]
     rows = [make("float", 32.0, 99.0)]
     rows += [make(method, 4.0, right)._replace(bits=bits) for method, bits, right in low]
-    assert report.best_per_width(rows) == {2, 3}  # a tie; widths of a single row have no best
+    assert rows_lib.best_per_width(rows) == {2, 3}  # a tie; widths of a single row have no best
 
 
 def test_pareto_front():
