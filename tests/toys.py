@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from quantjax.core import rounding
-from quantjax.core.quantizer import Quantizer, leafwise
+from quantjax.core.quantizer import InputQuantizer, Quantizer, QuantState, leafwise
 
 
 def drop_mask(key, shape):
@@ -63,3 +63,19 @@ def learned_step(bits: int, penalty: float = 0.0) -> Quantizer:
         encode=lambda leaf, learned, buffers: apply(leaf, learned, buffers, None),
         penalty=lambda learned, buffers, key: penalty * jnp.sum(learned["step"]),
     )
+
+
+def learned_input(bits: int) -> InputQuantizer:
+    """A uniform grid of layer inputs whose step is trained; its buffer counts the updates."""
+    low, high = -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
+
+    def init(x):
+        step = 2 * jnp.mean(jnp.abs(x)) / jnp.sqrt(high)
+        return QuantState({"step": step}, {"count": jnp.zeros((), jnp.int32)})
+
+    def apply(x, state, *, key=None, update=False):
+        del key
+        moved = state._replace(buffers={"count": state.buffers["count"] + update})
+        return rounding.nearest_on_grid(x, state.learned["step"], low, high), moved
+
+    return InputQuantizer(init, apply)

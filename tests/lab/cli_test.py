@@ -1,0 +1,130 @@
+"""The command line: exit statuses, and one line for bad input."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from quantjax.lab import recipes
+from quantjax.lab.cli import main
+from quantjax.lab.compare import Settings
+
+compare = importlib.import_module("quantjax.lab.compare")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], ["compare", "run", "results"]),
+        (["compare"], ["--methods", "--bits", "--epochs", "--out", "--quick", "report"]),
+        (["run"], ["EXPERIMENT", "--scale", "--seeds", "--bits", "--data-dir", "record"]),
+        (["results"], ["--write", "table"]),
+    ],
+)
+def test_help(arguments, told, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--help"])
+    assert stop.value.code == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    for word in told:
+        assert word in out
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["train"], ["compare", "--epoch", "3"], ["compare", "--bits", "four"]]
+)
+def test_arguments_that_are_no_arguments(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "--methods", "psgd"], "unknown method 'psgd'; did you mean 'psg'"),
+        (["compare", "--bits", "1"], "bits must be a whole number in 2..16, got 1"),
+        (["compare", "--model", "lenet"], "unknown model 'lenet'; did you mean 'lenet5'"),
+        (["compare", "--dataset", "digit"], "unknown data set 'digit'; did you mean 'digits'"),
+        (["compare", "--model", "lenet5", "--dataset", "./absent"], "no directory absent"),
+        (["compare", "--out", "file"], "file"),
+        (["run", "psg_mnst"], "unknown experiment 'psg_mnst'; did you mean 'psg_mnist'"),
+        (["run", "recipe.py", "--scale", "0"], "scale must be positive, got 0"),
+        (["run", "recipe.py", "--bits", "7"], "bits (7,): this recipe has (4, 2)"),
+        (["run", "recipe.py", "--out", "file"], "file"),
+        (["run", "other.py"], "other.py is no recipe: it lacks run"),
+    ],
+)
+def test_bad_input_gives_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    Path("recipe.py").write_text(RECIPE)
+    Path("other.py").write_text("TITLE = 'no run'\n")
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("quantjax: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+RECIPE = """
+TITLE = "two widths"
+
+def run(context):
+    for bits in context.widths((4, 2)):
+        yield {"bits": bits, "steps": context.steps(10, 10), "seeds": list(context.seeds)}
+"""
+
+
+def test_run_tells_where_the_record_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.py").write_text(RECIPE)
+    words = "run recipe.py --scale 0.5 --seeds 1 2 --bits 2 --out results"
+    assert main(words.split()) == 0
+    record = Path("results/recipe-b2-scale0.5.json")
+    assert capsys.readouterr().out == f"record: {record}\n"
+    assert json.loads(record.read_text())["rows"] == [{"bits": 2, "steps": 50, "seeds": [1, 2]}]
+
+
+def test_compare_is_given_its_settings(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(compare, "compare", seen.append)
+    words = ["--methods", "psg", "sgd", "--bits", "4", "2", "--epochs", "3", "--seed", "7"]
+    assert main(["compare", *words, "--out", str(tmp_path), "--quick"]) == 0
+    assert main(["compare"]) == 0
+    expected = Settings(
+        methods=("psg", "sgd"), bits=(4, 2), epochs=3, seed=7, out=tmp_path, quick=True
+    )
+    assert seen == [expected, Settings()]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "told"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (FloatingPointError("the loss is nan"), 2, "quantjax: the loss is nan\n"),
+        (PermissionError("no"), 2, "quantjax: no\n"),
+    ],
+)
+def test_how_a_command_ends(error, status, told, monkeypatch, capsys):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(compare, "compare", fail)
+    monkeypatch.setattr(recipes, "run", fail)
+    for arguments in (["compare"], ["run", "psg_mnist"]):
+        assert main(arguments) == status
+        assert capsys.readouterr().err == told
+
+
+def test_a_bug_is_not_dressed_up_as_bad_input(monkeypatch):
+    def fail(settings):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(compare, "compare", fail)
+    with pytest.raises(TypeError, match="a bug"):
+        main(["compare"])

@@ -1,0 +1,92 @@
+"""Every line of the table of methods, at every width, on a network that trains in no time."""
+
+import jax
+import numpy as np
+import pytest
+
+from quantjax.lab import engine, methods
+from quantjax.lab.deploy import deploy
+from tests.lab import toy_task
+
+WIDTHS = (4, 3, 2)
+TOTAL = 4
+
+
+@pytest.fixture(scope="module")
+def task():
+    return toy_task.make(train=32)
+
+
+def fit(task, method, steps):
+    return engine.fit(task, method, task.init(0), TOTAL, batch_size=16, seed=0, steps=steps)
+
+
+def layout(tree):
+    return jax.tree.structure(tree), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_trains_and_ships_at_every_width(name, task):
+    entry = methods.METHODS[name]
+    steps, layouts, ends = None, [], {}
+    for bits in WIDTHS:
+        plan = entry.plan(bits, TOTAL)
+        variables, state = task.init(0), None
+        if plan.method is not None:
+            # The first width's program serves the others.
+            steps = steps or engine.make_steps(task, plan.method)
+            start = engine.init_state(task, variables, plan.method, seed=0)
+            layouts.append(layout(start._replace(key=None)))
+            end = fit(task, plan.method, steps)
+            variables, state = end.variables, end.state
+            ends[bits] = end
+        shipped = (
+            deploy(variables, plan.method.quantizer, state)
+            if plan.deploy is None
+            else deploy(variables, plan.deploy)
+        )
+        assert shipped.bits == bits
+        for leaf in jax.tree.leaves(shipped.variables):
+            assert np.all(np.isfinite(leaf))
+    if steps is None:
+        return
+    assert all(other == layouts[0] for other in layouts)
+    assert steps.one._cache_size() == 1
+    # The shared program holds nothing of the width that it was compiled for.
+    plan = entry.plan(WIDTHS[-1], TOTAL)
+    own = fit(task, plan.method, engine.make_steps(task, plan.method))
+    for a, b in zip(
+        jax.tree.leaves(own.variables), jax.tree.leaves(ends[WIDTHS[-1]].variables), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+@pytest.mark.parametrize("bits", [1, 17])
+def test_widths_out_of_range(name, bits):
+    with pytest.raises(ValueError, match=rf"bits must be a whole number in 2\.\.16, got {bits}"):
+        methods.METHODS[name].plan(bits, TOTAL)
+
+
+def test_widths_change_what_is_trained():
+    """The strength and the weight decay of a width are in the state."""
+    found = {}
+    for bits in WIDTHS:
+        chain = methods.METHODS["psg"].plan(bits, TOTAL).method.optimizer
+        found[bits] = chain.init({"kernel": np.ones((2, 2), np.float32)}).hyperparams
+    for bits, numbers in found.items():
+        assert float(numbers["strength"]) == methods.strength(bits)
+        assert (float(numbers["weight_decay"]) > 0) is (bits > 2)  # none at 2 bits (appendix C)
+    assert len({float(numbers["strength"]) for numbers in found.values()}) == 3
+
+
+def test_strengths_of_other_widths_are_the_nearest_known_ones():
+    known = methods.STRENGTHS
+    assert [methods.strength(bits) for bits in (2, 3, 4)] == [known[2], known[3], known[4]]
+    assert methods.strength(8) == known[4]
+
+
+def test_find():
+    assert methods.find("psg") is methods.METHODS["psg"]
+    with pytest.raises(ValueError, match=r"unknown method 'psgd'; did you mean 'psg'.*known: psg"):
+        methods.find("psgd")

@@ -1,0 +1,73 @@
+import json
+
+import pytest
+
+from quantjax.lab import results
+
+
+def record(**changes):
+    rows = [
+        {"row": "held-out accuracy", "bits": 2, "of": {"10.0": 90.0}},
+        {
+            "row": "PSG",
+            "bits": 2,
+            "seed": 0,
+            "low precision": 94.0,
+            "paper": {"low precision": 60.8},
+        },
+        {
+            "row": "PSG",
+            "bits": 2,
+            "seed": 1,
+            "low precision": 96.0,
+            "paper": {"low precision": 60.8},
+        },
+        {"row": "SGD", "bits": 2, "seed": 0, "low precision": 39.5},
+    ]
+    base = {
+        "experiment": "toy",
+        "title": "A toy",
+        "command": "quantjax run toy",
+        "scale": 1.0,
+        "device": "cpu",
+        "versions": {"jax": "0.10.2"},
+        "complete": True,
+        "seconds": 120.0,
+        "rows": rows,
+    }
+    return base | changes
+
+
+def test_mean_and_deviation_over_seeds_beside_the_paper():
+    text = results.markdown([record()])
+    assert "| PSG | 2 | 95.00 ± 1.00 | 60.8 |" in text
+    assert "| SGD | 2 | 39.50 |  |" in text
+    assert "held-out" not in text
+    assert "2 seeds" in text
+    assert "`quantjax run toy`" in text
+
+
+def test_shortened_and_interrupted_runs_say_so():
+    text = results.markdown([record(scale=0.1, complete=False)])
+    assert "**every phase shortened to 0.1 of the paper's**" in text
+    assert "**interrupted**" in text
+
+
+def test_show_replaces_the_section_and_nothing_else(tmp_path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    with pytest.raises(FileNotFoundError, match="quantjax run"):
+        results.show(None, folder)
+    (folder / "toy.json").write_text(json.dumps(record()))
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n")
+    for _ in range(2):
+        results.show(page, folder)
+        text = page.read_text()
+        assert text.startswith("before\n")
+        assert text.endswith("\nafter\n")
+        assert "old" not in text
+        assert text.count("A toy") == 1
+    page.write_text("no section")
+    with pytest.raises(ValueError, match="no results section"):
+        results.show(page, folder)
