@@ -4,13 +4,13 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 from rich.console import Console
 
-from quantjax.lab import data, engine, methods, models, report
+from quantjax.lab import data, engine, methods, models, phases, report
 from quantjax.lab.deploy import deploy
 from quantjax.lab.recipes import versions
 from quantjax.lab.rows import Result, table
@@ -53,9 +53,9 @@ def resolve(settings: Settings) -> Settings:
     quick = settings.quick
     filled = dataclasses.replace(
         settings,
-        model=settings.model or models.default_model(settings.dataset),
-        epochs=settings.epochs or (4 if quick else 20 if small else 5),
-        batch_size=settings.batch_size or (32 if small else 128),
+        model=settings.model or models.DEFAULTS.get(settings.dataset),  # None: by image size
+        epochs=(4 if quick else 20 if small else 5) if settings.epochs is None else settings.epochs,
+        batch_size=(32 if small else 128) if settings.batch_size is None else settings.batch_size,
     )
     for name in filled.methods:
         entry = methods.find(name)
@@ -66,7 +66,8 @@ def resolve(settings: Settings) -> Settings:
     for name in ("epochs", "batch_size"):
         if getattr(filled, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(filled, name)}")
-    models.build(filled.model, 10)
+    if filled.model is not None:
+        models.build(filled.model, 10)
     check_writable(filled.out)
     return filled
 
@@ -90,7 +91,7 @@ def compare(settings: Settings) -> list[Result]:
     results = []
     complete = False
     try:
-        for result in rows(settings):
+        for result in rows(settings, tell=console.print):
             results.append(result)
             console.print(
                 f"[dim]{result.title}, {result.bits:g} bits: "
@@ -114,55 +115,50 @@ def describe(settings: Settings) -> dict:
     shown = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in dataclasses.asdict(settings).items()
-        if name not in ("out", "data_dir")
+        if name not in ("out", "data_dir") and value is not None
     }
     device = jax.devices()[0]
     command = " ".join(["quantjax", *sys.argv[1:]]) if sys.argv[1:2] == ["compare"] else ""
     return {**shown, "device": device.device_kind, "versions": versions(), "command": command}
 
 
-def rows(settings: Settings) -> Iterator[Result]:
-    """Yields full precision first, then a row per method and width."""
+def rows(settings: Settings, tell: Callable = print) -> Iterator[Result]:
+    """Yields full precision first, then a row per method and width; tells of those that diverge."""
     dataset = data.load(settings.dataset, settings.data_dir)
-    model = models.build(settings.model, dataset.classes)
-    task = engine.Task(model, dataset, augment=dataset.train.images.shape[1] >= 32)
+    shape = dataset.train.images.shape[1:]
+    name = settings.model or models.default_model(settings.dataset, shape)
+    task = engine.Task(models.build(name, dataset.classes), dataset, augment=shape[0] >= 32)
     evaluate = engine.make_evaluate(task)
     total = settings.epochs * max(1, len(dataset.train.labels) // settings.batch_size)
 
-    def run(variables, method, steps, label):
-        state = engine.init_state(task, variables, method, settings.seed)
-        curve = []
-        for done in engine.train(
+    def run(label, method, steps, variables):
+        phase = phases.Phase(label, method, total, steps)
+        return phases.run(
             task,
-            steps,
-            state,
-            total,
+            [phase],
+            variables,
+            lambda variables: evaluate(_plain(variables), dataset.test).accuracy,
             batch_size=settings.batch_size,
             seed=settings.seed,
             every=-(-total // 10),
-            label=label,
-        ):
-            accuracy = evaluate(_plain(done.state), dataset.test).accuracy
-            curve.append((done.steps, done.loss, accuracy))
-        return done.state, tuple(curve)
+        )
 
     began = time.monotonic()
     first = task.init(settings.seed)
     method = methods.full_precision(total)
-    state, float_curve = run(first, method, engine.make_steps(task, method), "full precision")
-    trained = _plain(state)
-    accuracy = float_curve[-1][2]
+    full = run("full precision", method, None, first)
+    trained = _plain(full.variables)
     yield Result(
         method="float",
         title="full precision",
         bits=32,
-        full_precision=accuracy,
-        quantized=accuracy,
+        full_precision=full.final_score,
+        quantized=full.final_score,
         nbytes=sum(leaf.nbytes for leaf in jax.tree.leaves(trained["params"])),
         compression=1.0,
         weight_error=0.0,
         seconds=time.monotonic() - began,
-        curve=float_curve,
+        curve=_curve(full),
         params=trained["params"],
         encoded=trained["params"],
     )
@@ -173,33 +169,39 @@ def rows(settings: Settings) -> Iterator[Result]:
         for bits in settings.bits:
             began = time.monotonic()
             plan = entry.plan(bits, total)
-            variables, quant_state, curve = trained, None, float_curve
+            outcome = full
             if plan.method is not None:
                 # One compiled step serves all widths: they differ in their states alone.
                 steps = steps or engine.make_steps(task, plan.method)
-                state, curve = run(start, plan.method, steps, f"{entry.title}, {bits} bits")
-                variables, quant_state = _plain(state), state.state
+                try:
+                    outcome = run(f"{entry.title}, {bits} bits", plan.method, steps, start)
+                except FloatingPointError as error:
+                    tell(f"{error}; it has no row")
+                    continue
+            variables = _plain(outcome.variables)
             if plan.deploy is None:
-                shipped = deploy(variables, plan.method.quantizer, quant_state)
+                shipped = deploy(variables, plan.method.quantizer, outcome.state)
             else:
                 shipped = deploy(variables, plan.deploy)
             yield Result(
                 method=name,
                 title=entry.title,
                 bits=shipped.bits,
-                full_precision=curve[-1][2],
+                full_precision=outcome.final_score,
                 quantized=evaluate(shipped.variables, dataset.test).accuracy,
                 nbytes=shipped.summary.nbytes,
                 compression=shipped.summary.compression,
                 weight_error=shipped.weight_error,
                 seconds=time.monotonic() - began,
-                curve=curve,
+                curve=_curve(outcome),
                 params=variables["params"],
                 encoded=shipped.encoded,
             )
 
 
-def _plain(state: engine.TrainState) -> dict:
-    return {
-        name: value for name, value in state.variables.items() if name in ("params", "batch_stats")
-    }
+def _plain(variables: dict) -> dict:
+    return {name: variables[name] for name in ("params", "batch_stats") if name in variables}
+
+
+def _curve(outcome: phases.Outcome) -> tuple:
+    return tuple((point.step, point.loss, point.score) for point in outcome.history)

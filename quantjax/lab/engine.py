@@ -74,13 +74,18 @@ def model_apply(model: nn.Module, input_quantizer) -> Callable:
     return linen.quantize_inputs(model.apply, input_quantizer)
 
 
+def copied(variables: Mapping) -> dict:
+    """Returns variables with buffers of their own, which no step can take."""
+    return jax.tree.map(jnp.copy, dict(variables))
+
+
 def init_state(task: Task, variables: Mapping, method: Method, seed: int) -> TrainState:
     """Returns the state of a phase that starts from `variables`, which stay valid.
 
     Input quantizers fit themselves to the first 256 training images.
     """
     # Copies, since the step donates its state.
-    variables = jax.tree.map(jnp.copy, dict(variables))
+    variables = copied(variables)
     params = variables["params"]
     key, init_key = jax.random.split(jax.random.key(seed))
     quant = {name: variables.get(name, {}) for name in ("quant", "quant_stats")}

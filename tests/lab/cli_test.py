@@ -18,7 +18,7 @@ compare = importlib.import_module("quantjax.lab.compare")
     [
         ([], ["compare", "run", "results"]),
         (["compare"], ["--methods", "--bits", "--epochs", "--out", "--quick", "report"]),
-        (["run"], ["EXPERIMENT", "--scale", "--seeds", "--bits", "--data-dir", "record"]),
+        (["run"], ["name of a file in experiments", "--scale", "--seeds", "--bits", "--data-dir"]),
         (["results"], ["--write", "table"]),
     ],
 )
@@ -45,7 +45,7 @@ def test_arguments_that_are_no_arguments(arguments, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["compare", "--methods", "psgd"], "unknown method 'psgd'; did you mean 'psg'"),
+        (["compare", "--methods", "psgd"], "unknown method 'psgd'; did you mean 'sgd'"),
         (["compare", "--bits", "1"], "bits must be a whole number in 2..16, got 1"),
         (["compare", "--model", "lenet"], "unknown model 'lenet'; did you mean 'lenet5'"),
         (["compare", "--dataset", "digit"], "unknown data set 'digit'; did you mean 'digits'"),

@@ -130,7 +130,7 @@ def nothing_loaded(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"methods": ("psg", "psgd")}, "unknown method 'psgd'; did you mean 'psg'"),
+        ({"methods": ("psg", "psgd")}, "unknown method 'psgd'; did you mean .*'psg'"),
         ({"model": "resnet21"}, "unknown model 'resnet21'; did you mean"),
         ({"dataset": "digit"}, "unknown data set 'digit'; did you mean 'digits'"),
         ({"bits": (4, 1)}, r"bits must be a whole number in 2\.\.16, got 1"),

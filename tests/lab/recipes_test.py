@@ -132,7 +132,7 @@ def test_find_by_name_and_by_path(toy, tmp_path):
     assert recipes.find(str(toy)) == toy
     with pytest.raises(ValueError, match="unknown experiment 'toi'; did you mean 'toy'"):
         recipes.find("toi", tmp_path)
-    with pytest.raises(ValueError, match="unknown experiment 'absent.py'"):
+    with pytest.raises(ValueError, match=r"unknown experiment 'absent\.py'"):
         recipes.find("absent.py", tmp_path)
     with pytest.raises(ValueError, match=r"unknown experiment 'psg_minst'; did you mean 'psg_m"):
         recipes.find("psg_minst")

@@ -6,6 +6,7 @@ from flax import linen as nn
 from quantjax.lab import data, engine
 
 TRACES = []  # one entry for every time the network is traced
+_STARTS = {}
 
 
 class Network(nn.Module):
@@ -34,3 +35,10 @@ def make(train: int = 64, test: int = 23, **options) -> engine.Task:
     dataset = data.Dataset("toy", split(train, 0), split(test, 1), 3, (0.3,), (0.2,))
     augment = options.pop("augment", False)
     return engine.Task(Network(**options), dataset, augment)
+
+
+def start(task: engine.Task) -> dict:
+    """The variables of seed 0, which take a compilation, once for every network."""
+    if task.model not in _STARTS:
+        _STARTS[task.model] = task.init(0)
+    return _STARTS[task.model]
