@@ -1,9 +1,9 @@
 """PSG on MNIST: LeNet-5 (20-50-500) from scratch, weights at 4, 3 and 2 bits, beside plain SGD.
 
-Six epochs. As in the paper, PSG begins at the first decay of the learning rate, except at 2 bits,
-where it begins with the first step and there is no weight decay. The strength of a width is the
-one whose rounded network is best on 5,000 held-out training images (appendix G); then every seed
-is trained on all training images.
+Six epochs. At 4 bits PSG begins at the first decay of the learning rate, as in the paper; at 3 and
+2 bits it begins with the first step. There is no weight decay at 2 bits. The strength of a width
+is the one whose rounded network is best on 5,000 held-out training images (appendix G); then every
+seed is trained on all training images.
 """
 
 import quantjax as qj
@@ -11,7 +11,7 @@ from quantjax.lab import protocol
 from quantjax.lab.deploy import deploy
 
 TITLE = "PSG on MNIST from scratch: LeNet-5 20-50-500, weights only"
-CANDIDATES = {4: (100.0, 400.0), 3: (100.0, 400.0), 2: (10.0, 20.0)}
+CANDIDATES = {4: (100.0, 400.0), 3: (50.0, 80.0), 2: (10.0, 20.0)}
 
 
 def run(context):
@@ -48,7 +48,7 @@ def late(bits, seed, starts):
     def train(parts, strength):
         decay = 0.0 if bits == 2 else 1e-4
         chain = protocol.psg(qj.uniform(bits, momentum=0.1), strength, weight_decay=decay)
-        if bits == 2:
+        if bits < 4:
             whole = parts._replace(switch=0)
             return whole.late("psg, all epochs", chain, parts.task.init(seed), seed)
         if seed not in starts:

@@ -255,6 +255,25 @@ def test_patterns_that_do_nothing_are_errors(members, message):
         qj.partition(members).init(make_params())
 
 
+@pytest.mark.xfail(strict=True, raises=re.error, reason="re.error, and at init only")
+@pytest.mark.parametrize("pattern", ["(", "*", "Conv_[0"])
+def test_a_pattern_that_is_no_regex_raises_at_construction(pattern):
+    with pytest.raises(ValueError, match="regex"):
+        qj.partition({pattern: qj.uniform(4), ".*": None}).init(make_params())
+
+
+@pytest.mark.xfail(strict=True, reason="members that find nothing of theirs in a state do nothing")
+def test_a_state_made_by_another_quantizer():
+    params = make_params()
+    state = qj.uniform(4).init(params)  # owns Conv_0, Dense_0 and Embed_0
+    for quantizer in (
+        qj.chain(qj.uniform(4), qj.uniform(2)),
+        qj.partition({"Conv_0": qj.uniform(4), "Dense_0": None}),
+    ):
+        with pytest.raises(ValueError, match=r"another"):
+            quantizer.apply(params, state)
+
+
 def test_partition_and_chain_need_members():
     with pytest.raises(ValueError, match="at least one pattern"):
         qj.partition({})

@@ -48,7 +48,7 @@ def test_arguments_that_are_no_arguments(arguments, capsys):
         (["compare", "--methods", "psgd"], "unknown method 'psgd'; did you mean 'sgd'"),
         (["compare", "--bits", "1"], "bits must be a whole number in 2..16, got 1"),
         (["compare", "--model", "lenet"], "unknown model 'lenet'; did you mean 'lenet5'"),
-        (["compare", "--dataset", "digit"], "unknown data set 'digit'; did you mean 'digits'"),
+        (["compare", "--epochs", "0"], "epochs must be at least 1, got 0"),
         (["compare", "--model", "lenet5", "--dataset", "./absent"], "no directory absent"),
         (["compare", "--out", "file"], "file"),
         (["run", "psg_mnst"], "unknown experiment 'psg_mnst'; did you mean 'psg_mnist'"),
