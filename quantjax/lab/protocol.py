@@ -178,3 +178,25 @@ def grid(bits: int, *, momentum: float | None = None, ends: int | None = None) -
     outer = qj.uniform(ends, momentum=momentum, biases=True)
     # Conv_0 and Dense_0 at the top level are the first and the last layer of these networks.
     return qj.partition({"Conv_0": outer, "Dense_0": outer, ".*(kernel|bias)": inner})
+
+
+def mnist(context: Context) -> Protocol:
+    """Returns LeNet-5 (20-50-500) on MNIST for six epochs, the last two at smaller rates."""
+    return make(
+        context,
+        "mnist",
+        "lenet5",
+        rates={0: 0.03, 4: 0.01, 5: 0.002},
+        switch=4,
+        end=6,
+        augment=False,
+    )
+
+
+def mnist_psg(parts: Protocol, bits: int, strength: float, seed: int, start: Mapping) -> dict:
+    """Returns the variables after PSG: from `start` at the switch, or below 4 bits from scratch."""
+    chain = psg(qj.uniform(bits, momentum=0.1), strength, weight_decay=0.0 if bits == 2 else 1e-4)
+    if bits < 4:
+        whole = parts._replace(switch=0)
+        return whole.late("psg, all epochs", chain, parts.task.init(seed), seed)
+    return parts.late("psg", chain, start, seed)

@@ -139,12 +139,15 @@ def test_apply_penalty_and_update_of_a_step_get_one_key(plain):
         note("update"),
         note("penalty"),
     )
-    state = fit(plain, Method(optax.sgd(1.0), quantizer), total=1)
+    method = Method(optax.sgd(1.0), quantizer)
+    steps = engine.make_steps(plain, method)
+    state, second = (fit(plain, method, total=total, steps=steps) for total in (1, 2))
     assert set(seen) == {("apply", True), ("update", True), ("penalty", True)}
     for path, buffers in state.state.buffers.items():
         # gain = 1 - 1 * drawn: the penalty drew the same number as the update.
         drawn = 1 - state.state.learned[path]["gain"][0, 0]
         np.testing.assert_allclose(drawn, buffers["drawn"], rtol=1e-5)
+        assert second.state.buffers[path]["drawn"] != buffers["drawn"]  # every step has its own
 
 
 def test_batch_norm_statistics_move_by_a_tenth(task, sgd):
