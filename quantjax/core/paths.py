@@ -47,6 +47,15 @@ def matches(pattern: str, path: str) -> bool:
     return re.match(rf"(?:{pattern})(?=/|$)", path) is not None
 
 
+def check_patterns(patterns: Iterable[str]):
+    """Raises ValueError for a pattern that is no regex."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"pattern {pattern!r} is no regex: {error}") from None
+
+
 def assign(patterns: Iterable[str], paths: Iterable[str]) -> dict[str, list[str]]:
     """Gives each path to the first pattern that matches it.
 

@@ -61,6 +61,7 @@ class Grid:
         low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         codes, step = np.asarray(self.codes), np.asarray(self.step, np.float64)
         _check(np.issubdtype(codes.dtype, np.integer), f"codes are {codes.dtype}, not integers")
+        _check_float("step", self.step)
         outside = codes.size and (codes.min() < low or codes.max() > high)
         _check(not outside, f"codes leave {low}..{high}, the range of {self.bits} bits")
         _check(_kept(step.shape, codes.shape), f"step {step.shape} beside codes {codes.shape}")
@@ -104,6 +105,7 @@ class Table:
             np.issubdtype(codes.dtype, np.unsignedinteger),
             f"codes are {codes.dtype}, not unsigned integers",
         )
+        _check_float("levels", self.levels)
         _check(not codes.size or codes.max() < 2**self.bits, f"codes reach 2**{self.bits}")
         _check(levels.shape[-1:] == (2**self.bits,), f"{levels.shape[-1:]} levels, not 2**bits")
         _check(_kept(levels.shape[:-1], codes.shape), f"levels {levels.shape}, codes {codes.shape}")
@@ -173,6 +175,7 @@ class MultiBit:
         _check(basis.dtype == np.int8, f"basis is {basis.dtype}, not int8")
         _check(np.all(np.abs(basis) == 1), "basis entries are not all -1 or 1")
         _check(mask.dtype == np.bool_, f"mask is {mask.dtype}, not bool")
+        _check_float("coords", self.coords)
         _check(coords.shape == mask.shape, f"coords {coords.shape} beside mask {mask.shape}")
         same_slots = coords.shape[-1:] == basis.shape[-1:]
         kept = same_slots and _kept(coords.shape[:-1], basis.shape[:-1])
@@ -182,7 +185,9 @@ class MultiBit:
         _check(np.all(coords[~mask] == 0), "masked coords are not zero")
         _check(self.axis < 0, f"axis {self.axis} is not counted from the end")
         if self.blocks > 1:
-            length = basis.shape[:-1][self.axis - 1]
+            view = basis.shape[:-1]
+            _check(-self.axis < len(view), f"axis {self.axis} - 1 is not in the view {view}")
+            length = view[self.axis - 1]
             _check(length == self.blocks, f"{length} blocks along the view, not {self.blocks}")
         return self
 
@@ -217,6 +222,10 @@ def _bits_of(array) -> int:
 
 def _kept(group, shape) -> bool:
     return len(group) == len(shape) and all(g in (1, n) for g, n in zip(group, shape, strict=True))
+
+
+def _check_float(name, array):
+    _check(jnp.issubdtype(array.dtype, jnp.floating), f"{name} are {array.dtype}, not float")
 
 
 def _check(holds, message):

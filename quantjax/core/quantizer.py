@@ -173,12 +173,13 @@ def partition(quantizers: Mapping[str, Quantizer | None]) -> Quantizer:
         nor `Block_0/Conv_1/kernel`.
 
     Raises:
-      ValueError: no patterns; at `init`, a pattern that matches nothing, is wholly shadowed, or
+      ValueError: no patterns, or one that is no regex; at `init`, a pattern that matches nothing, is wholly shadowed, or
         whose quantizer owns none of its leaves.
     """
     quantizers = dict(quantizers)
     if not quantizers:
         raise ValueError("partition needs at least one pattern")
+    paths_lib.check_patterns(quantizers)
 
     def init(params, key=None):
         flat, _ = paths_lib.flatten(params)
@@ -196,14 +197,17 @@ def partition(quantizers: Mapping[str, Quantizer | None]) -> Quantizer:
         return QuantState(learned, buffers)
 
     def members(state):
-        for pattern, quantizer in quantizers.items():
-            mine = [
-                path
-                for path in owned_paths(state)
-                if paths_lib.first_match(quantizers, path) == pattern
-            ]
-            if quantizer is not None and mine:
-                yield quantizer, _pick(state, mine), mine
+        taken = {pattern: [] for pattern in quantizers}
+        for path in owned_paths(state):
+            pattern = paths_lib.first_match(quantizers, path)
+            if quantizers.get(pattern) is None:
+                raise ValueError(
+                    f"the state was made by another quantizer: {path} is nobody's here"
+                )
+            taken[pattern].append(path)
+        for pattern, mine in taken.items():
+            if mine:
+                yield quantizers[pattern], _pick(state, mine), mine
 
     def over(params, state, fn):
         flat, rebuild = paths_lib.flatten(params)
@@ -245,8 +249,17 @@ def chain(*quantizers: Quantizer) -> Quantizer:
     if not quantizers:
         raise ValueError("chain needs at least one quantizer")
 
+    names = [str(index) for index in range(len(quantizers))]
+
     def member(state, index):
-        name = str(index)
+        name = names[index]
+        for part in state:
+            for path, values in part.items():
+                if not set(values) <= set(names):
+                    raise ValueError(
+                        f"the state was made by another quantizer: {path} has {sorted(values)}, "
+                        f"not members {names}"
+                    )
         return QuantState(
             *({path: d[name] for path, d in part.items() if name in d} for part in state)
         )

@@ -18,7 +18,7 @@ class Row(NamedTuple):
     method: str  # the encoded leaf's class, or the dtype of a plain array
     bits: float  # per weight, scales and tables apart
     nbytes: int  # as storage writes it, scales and tables included
-    squared_error: float | None  # sum over the leaf, None without float params
+    squared_error: float | None  # sum over the leaf; None without float params, or as they are
     relative_error: float | None  # norm of the error over norm of the float leaf
 
 
@@ -91,8 +91,8 @@ def summary(encoded, params=None) -> Summary:
 
 def size_text(nbytes: int) -> str:
     """Returns a size as text, in units of 1000 bytes."""
-    for unit, scale in (("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= scale:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= 0.9995 * scale:  # what three digits round up to the unit
             return f"{nbytes / scale:.3g} {unit}"
     return f"{nbytes} B"
 
@@ -100,9 +100,11 @@ def size_text(nbytes: int) -> str:
 def _row(path, leaf, floats):
     encoded = qarray.is_encoded(leaf)
     squared = relative = None
-    if floats is not None and encoded:
+    if floats is not None:
         exact = np.asarray(floats[path], np.float64)
-        squared = float(np.sum((np.asarray(leaf.decode(), np.float64) - exact) ** 2))
+        given = np.asarray(leaf.decode() if encoded else leaf, np.float64)
+    if floats is not None and (encoded or not np.array_equal(given, exact)):
+        squared = float(np.sum((given - exact) ** 2))
         norm = float(np.sum(exact**2))
         relative = math.sqrt(squared / norm) if norm else 0.0
     return Row(

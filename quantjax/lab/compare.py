@@ -1,7 +1,6 @@
 """`quantjax compare`: methods side by side, from one full-precision network, on the same data."""
 
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from rich.console import Console
 
 from quantjax.lab import data, engine, methods, models, phases, report
 from quantjax.lab.deploy import deploy
-from quantjax.lab.recipes import versions
+from quantjax.lab.recipes import check_writable, versions
 from quantjax.lab.rows import Result, table
 
 
@@ -70,14 +69,6 @@ def resolve(settings: Settings) -> Settings:
         models.build(filled.model, 10)
     check_writable(filled.out)
     return filled
-
-
-def check_writable(folder: Path):
-    """Makes the folder; raises OSError if it cannot be written to."""
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".probe-{os.getpid()}"
-    probe.write_text("")
-    probe.unlink()
 
 
 def compare(settings: Settings) -> list[Result]:

@@ -74,9 +74,9 @@ def model_apply(model: nn.Module, input_quantizer) -> Callable:
     return linen.quantize_inputs(model.apply, input_quantizer)
 
 
-def copied(variables: Mapping) -> dict:
-    """Returns variables with buffers of their own, which no step can take."""
-    return jax.tree.map(jnp.copy, dict(variables))
+def copied(tree):
+    """Returns a tree with buffers of its own, which no step can take."""
+    return jax.tree.map(jnp.copy, tree)
 
 
 def init_state(task: Task, variables: Mapping, method: Method, seed: int) -> TrainState:
@@ -85,7 +85,7 @@ def init_state(task: Task, variables: Mapping, method: Method, seed: int) -> Tra
     Input quantizers fit themselves to the first 256 training images.
     """
     # Copies, since the step donates its state.
-    variables = copied(variables)
+    variables = copied(dict(variables))
     params = variables["params"]
     key, init_key = jax.random.split(jax.random.key(seed))
     quant = {name: variables.get(name, {}) for name in ("quant", "quant_stats")}
@@ -97,7 +97,8 @@ def init_state(task: Task, variables: Mapping, method: Method, seed: int) -> Tra
     if method.quantizer is None:
         state = QuantState({}, {})
     else:
-        state = method.quantizer.init(params, init_key)
+        state = copied(method.quantizer.init(params, init_key))  # it may hold the params
+    opt_state = method.optimizer.init(_trainable(params, state.learned, quant["quant"]))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         key=key,
@@ -105,7 +106,7 @@ def init_state(task: Task, variables: Mapping, method: Method, seed: int) -> Tra
         state=state,
         **quant,
         batch_stats=variables.get("batch_stats", {}),
-        opt_state=method.optimizer.init(_trainable(params, state.learned, quant["quant"])),
+        opt_state=copied(opt_state),
         totals=_no_totals(),
     )
 
@@ -218,14 +219,18 @@ def train(
         where convolutions inside a loop run 6 to 10 times slower.
 
     Raises:
-      ValueError: a batch larger than the training set; FloatingPointError: the loss is not finite.
+      ValueError: a batch larger than the training set, or a count below 1.
+      FloatingPointError: the loss is not finite.
     """
     count = len(task.dataset.train.labels)
     if not 1 <= batch_size <= count:
         raise ValueError(f"batch_size must be in 1..{count}, the training set; got {batch_size}")
+    for name, count_of in (("total", total), ("every", 1 if every is None else every)):
+        if count_of < 1:
+            raise ValueError(f"{name} must be at least 1, got {count_of}")
     scan = jax.default_backend() != "cpu" if scan is None else scan
     per_epoch = count // batch_size
-    every = min(every or per_epoch, total) or 1
+    every = min(every or per_epoch, total)
     images, labels = (jnp.asarray(array) for array in task.dataset.train)
     start = time.monotonic()
     batches = _batches(count, batch_size, seed)

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import sys
 import time
@@ -78,7 +79,7 @@ def run(name: str, context: Context, out: Path | None = None) -> Path:
     source = find(name)
     recipe = load(source)
     folder = out or FOLDER / "results"
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder)
     target = folder / f"{source.stem}{_suffix(context)}.json"
     began = time.monotonic()
     record = {
@@ -91,7 +92,6 @@ def run(name: str, context: Context, out: Path | None = None) -> Path:
         "complete": False,
         "rows": [],
     }
-    _write(target, record)
     for row in recipe.run(context):
         record["rows"].append(row)
         record["seconds"] = round(time.monotonic() - began, 1)
@@ -100,6 +100,14 @@ def run(name: str, context: Context, out: Path | None = None) -> Path:
     record["complete"] = True
     _write(target, record)
     return target
+
+
+def check_writable(folder: Path):
+    """Makes the folder; raises OSError if it cannot be written to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".probe-{os.getpid()}"
+    probe.write_text("")
+    probe.unlink()
 
 
 def versions() -> dict[str, str]:

@@ -77,6 +77,7 @@ def scale_by_position(
         matches no owned leaf, or an owned leaf without a strength; params missing in `update`.
     """
     strengths = dict(strength) if isinstance(strength, Mapping) else {".*": strength}
+    paths.check_patterns(strengths)
     for pattern, value in strengths.items():
         _check_positive(f"strength of {pattern!r}" if len(strengths) > 1 else "strength", value)
     _check_positive("eps", eps)

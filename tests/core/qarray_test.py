@@ -234,7 +234,6 @@ def test_broken_sums_of_bases(changes, message):
         dataclasses.replace(split(), **changes).validate()
 
 
-@pytest.mark.xfail(strict=True, reason="what validate says of floats and axes is not checked")
 @pytest.mark.parametrize(
     "leaf",
     [

@@ -197,7 +197,6 @@ def test_the_start_stays_valid_after_its_state_was_donated(task, sgd):
     equal(jax.tree.map(np.array, first.variables), end)
 
 
-@pytest.mark.xfail(strict=True, reason="init_state donates one buffer twice")
 def test_states_may_hold_the_params_themselves(task):
     anchored = leafwise(
         lambda path, leaf, key: ({}, {"start": leaf}),
@@ -342,7 +341,6 @@ def test_a_batch_must_fit_into_the_training_set(task, sgd, batch_size):
         fit(task, sgd, batch_size=batch_size)
 
 
-@pytest.mark.xfail(strict=True, reason="neither count is checked")
 @pytest.mark.parametrize(("total", "every"), [(0, None), (-1, None), (3, -1)])
 def test_counts_below_one(task, sgd, total, every):
     with pytest.raises(ValueError, match="at least 1"):
