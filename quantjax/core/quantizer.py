@@ -173,8 +173,8 @@ def partition(quantizers: Mapping[str, Quantizer | None]) -> Quantizer:
         nor `Block_0/Conv_1/kernel`.
 
     Raises:
-      ValueError: no patterns, or one that is no regex; at `init`, a pattern that matches nothing, is wholly shadowed, or
-        whose quantizer owns none of its leaves.
+      ValueError: no patterns, or one that is no regex; at `init`, a pattern that matches nothing,
+        is wholly shadowed, or whose quantizer owns none of its leaves.
     """
     quantizers = dict(quantizers)
     if not quantizers:

@@ -83,16 +83,9 @@ def test_a_step_trains_weights_and_grids_on_loss_and_penalty(plain):
         return optax.apply_updates(trainable, updates), opt_state, loss, logits
 
     method = Method(tx, quantizer)
-    reports = engine.train(
-        plain,
-        engine.make_steps(plain, method),
-        engine.init_state(plain, variables, method, seed=0),
-        3,
-        batch_size=len(labels),
-        seed=0,
-        every=1,
-    )
-    for report in reports:
+    steps, whole = engine.make_steps(plain, method), len(labels)
+    start = engine.init_state(plain, variables, method, seed=0)
+    for report in engine.train(plain, steps, start, 3, batch_size=whole, seed=0, every=1):
         trainable, opt_state, loss, logits = step(trainable, opt_state)
         close((report.state.params, report.state.state.learned), trainable)
         assert report.loss == pytest.approx(float(loss), rel=1e-4)  # without the penalty

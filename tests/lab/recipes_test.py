@@ -72,7 +72,7 @@ def test_a_recipe_that_fails_leaves_the_rows_it_finished(toy, tmp_path):
     assert [row["bits"] for row in written["rows"]] == [4, 3]
 
 
-def test_the_record_is_there_before_the_first_row_and_after_each(tmp_path):
+def test_the_record_is_written_after_each_row(tmp_path):
     source = tmp_path / "looking.py"
     source.write_text(
         "import json, pathlib\n"
@@ -80,10 +80,19 @@ def test_the_record_is_there_before_the_first_row_and_after_each(tmp_path):
         "def run(context):\n"
         "    record = pathlib.Path(__file__).parent / 'looking.json'\n"
         "    for _ in range(3):\n"
-        "        yield {'before': len(json.loads(record.read_text())['rows'])}\n"
+        "        there = record.exists()\n"
+        "        yield {'before': len(json.loads(record.read_text())['rows']) if there else 0}\n"
     )
     written = json.loads(run(source, tmp_path).read_text())
     assert written["rows"] == [{"before": 0}, {"before": 1}, {"before": 2}]
+
+
+def test_a_recipe_that_fails_before_its_first_row_leaves_no_record(tmp_path):
+    source = tmp_path / "failing.py"
+    source.write_text("TITLE = 'It fails'\ndef run(context):\n    yield 1 / 0\n")
+    with pytest.raises(ZeroDivisionError):
+        run(source, tmp_path)
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_names_of_records(toy, tmp_path):
