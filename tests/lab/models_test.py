@@ -16,7 +16,8 @@ SHAPES = {
     "resnet56": (32, 32, 3),
     "vgg16-bn": (32, 32, 3),
 }
-# Counted by hand from the layers (LeNet-5, VGG-16 and the ImageNet ResNet-18 are the published figures).
+# Counted by hand from the layers; of LeNet-5, VGG-16 and the ImageNet ResNet-18 the figures are
+# published.
 PARAMETERS = {
     "small-cnn": (9 * 16 + 16) + (9 * 16 * 32 + 32) + (128 * 64 + 64) + (64 * 10 + 10),
     "lenet5": 431_080,
