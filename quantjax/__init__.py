@@ -14,6 +14,8 @@ from quantjax.core.quantizer import (
 )
 from quantjax.core.summary import summary
 from quantjax.methods.psg import position_scale, psg, scale_by_position, warp
+from quantjax.methods.relaxed import rq, rq_input
+from quantjax.methods.semi_relaxed import srq, srq_input
 from quantjax.methods.uniform import nearest, symmetric_step, uniform, uniform_input, zero
 
 __all__ = [
@@ -33,7 +35,11 @@ __all__ = [
     "partition",
     "position_scale",
     "psg",
+    "rq",
+    "rq_input",
     "scale_by_position",
+    "srq",
+    "srq_input",
     "summary",
     "symmetric_step",
     "uniform",

@@ -3,8 +3,8 @@
     python experiments/benchmarks/srq_cost.py [--rounds 7] [--write]
 
 Value and all gradients on a (128, 28, 28, 32) float32 activation at 4 bits; DropBits against SRQ on
-a weight of 9.4 million elements. The programs take turns, so that a busy machine slows all alike; ratios are
-of the medians. Memory is the temporary memory that the compiled program asks for.
+a weight of 2.4 million elements. The programs take turns, so that a busy machine slows all alike;
+ratios are of the medians. Memory is the temporary memory that the compiled program asks for.
 """
 
 import argparse

@@ -1,14 +1,13 @@
 """The categories of relaxed rounding: a logistic variable around x, cut into the cells of a grid.
 
-In units of the grid t = x / alpha, s = alpha / sigma and F(e) = sigmoid(s (e - t)): the cell between
-two edges has the mass F(right) - F(left). Sums over cells become sums over edges: of the tails
+In units of the grid t = x / alpha, s = alpha / sigma, u = t - e and F(e) = sigmoid(-s u). The cell
+between two edges has the mass F(right) - F(left), so that sums over cells are sums over edges, and
 
-    G(e) = F(e) left of t,  F(e) - 1 right of it,  |G(e)| = decay / (1 + decay),
-    F'(e) = decay / (1 + decay)**2,  decay = exp(-s |t - e|),
+    dF/dt = -s F',  s dF/ds = -s u F',  F' = decay / (1 + decay)**2,  decay = exp(-s |u|).
 
-with dF/dt = -s F' and s dF/ds = -s (t - e) F'. Under masks z a total mass is sum_e (z left of e - z
-right of it) G(e), plus z of the cell that holds t. All masses are taken relative to that of the
-nearest cell with z > 0, so that no ratio is 0 / 0, however far x lies from the grid.
+Where no cell with a mask above 0 holds t, all masses are tiny and F is told from its limit, 0 left
+of t and 1 right of it, by exp(-s (|u| - shift)) / (1 + decay), with the distance `shift` of the
+nearest such cell: ratios of masses are never 0 / 0, however far x lies from the grid.
 """
 
 from typing import Any, NamedTuple
@@ -18,6 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from quantjax.core import rounding
+
+ZERO_INTERVAL = 0.1  # alpha of leaves that are all zero
 UNROLLED = 40  # more edges than this are visited by a loop of the compiled program
 
 
@@ -57,20 +59,61 @@ class _Edge(NamedTuple):
         return jnp.where(self.u > 0, 1, self.decay) * self.inverse
 
     @property
+    def mass(self):
+        """F(edge), as told from its limit."""
+        tail = self.near * self.inverse
+        return jnp.where(self.u > 0, tail, 1 - tail)
+
+    @property
     def tail(self):
-        """G(edge)."""
+        """F(edge) less its limit."""
         tail = self.near * self.inverse
         return jnp.where(self.u > 0, tail, -tail)
 
     @property
     def slope(self):
-        """F'(edge)."""
+        """F'(edge), in the same unit."""
         return self.near * self.inverse**2
+
+
+def log_interval(x, axes, high):
+    """Returns log alpha, kept dims: `high` reaches max|x| or 3 root mean squares, the lesser."""
+    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
+    reach = jnp.minimum(largest, 3 * jnp.sqrt(jnp.mean(x**2, axis=axes, keepdims=True))) / high
+    # All zero, as biases are at first: there is no range to go by.
+    return jnp.log(jnp.where(reach >= jnp.finfo(x.dtype).tiny, reach, ZERO_INTERVAL))
+
+
+def spread(log_alpha) -> dict:
+    """Returns what is learned of a grid: log_alpha and log_sigma, sigma = alpha / 3 at first."""
+    return {"log_alpha": log_alpha, "log_sigma": log_alpha - jnp.log(3).astype(log_alpha.dtype)}
+
+
+def positive(learned):
+    """Returns alpha and sigma; the barrier keeps alpha one number for every use of it."""
+    return lax.optimization_barrier(jnp.exp(learned["log_alpha"])), jnp.exp(learned["log_sigma"])
+
+
+def limits(bits: int, dtype) -> dict:
+    """Returns the lowest and the highest code of a signed grid as arrays."""
+    half = 2 ** (bits - 1)
+    return {"low": jnp.asarray(-half, dtype), "high": jnp.asarray(half - 1, dtype)}
+
+
+def fit_inputs(x, bits: int, signed: bool | None):
+    """Returns what is learned of a layer's inputs, and low, high; signed None: by their signs."""
+    x = x.astype(rounding.work_dtype(x.dtype))
+    negative = jnp.any(x < 0) if signed is None else jnp.asarray(signed)
+    low = jnp.where(negative, -(2.0 ** (bits - 1)), 0).astype(x.dtype)
+    high = low + 2.0**bits - 1
+    log_alpha = log_interval(x, None, jnp.maximum(high, 1)).reshape(())
+    return spread(log_alpha), {"low": low, "high": high}
 
 
 def log_masses(t, s, codes):
     """Returns the log mass of the unit cell around every code, on a new last axis (eq. 1)."""
     t, s = t[..., None], jnp.broadcast_to(s, t.shape)[..., None]
+    codes = jnp.reshape(codes, (1,) * (t.ndim - 1) + (-1,))
     outside = jax.nn.softplus(s * (t - codes - 0.5)) + jax.nn.softplus(s * (codes - 0.5 - t))
     return jnp.log(-jnp.expm1(-s)) - outside
 
@@ -92,18 +135,24 @@ def mode(t, s, code, low, high) -> Estimate:
 
 def masked_mode(t, s, cells: Cells, masks):
     """Returns the code of largest mask times mass; masks: [1 + count, *group]."""
-    return _best(t, s, cells, masks, _distance(t, cells, masks)).code
+    return _best(t, s, cells, masks, _distance(t, cells, masks))
 
 
 def masked_mode_estimate(t, s, cells: Cells, masks):
     """Returns `masked_mode` under eq. 3, and (cotangent -> cotangents of the masks)."""
     shift = _distance(t, cells, masks)
-    best = _best(t, s, cells, masks, shift)
-    total, slope, moment = _totals(t, s, cells, masks, shift)
-    code = best.code
-    a, b = _edge(t - code + 0.5, s), _edge(t - code - 0.5, s)
-    unmasked_share = -jnp.expm1(-s) * best.mass / total
-    weight = code * best.mask * unmasked_share
+    code = _kept(_best(t, s, cells, masks, shift))
+    ((total, _, slope, moment),) = _kept(_sums(t, s, cells, (masks[cells.mask],), shift))
+    a, b = _edge(t - code + 0.5, s, shift), _edge(t - code - 0.5, s, shift)
+    beside = _choose(b.u > 0, b.near, _choose(a.u < 0, a.near, 1))
+    unmasked_share = -jnp.expm1(-s) * beside * a.inverse * b.inverse / total
+
+    def mask_of(i, z):
+        cell, mine = _at(cells, masks, i)
+        return jnp.where((cell.low <= code) & (code <= cell.high), mine, z)
+
+    z = _loop(len(cells.low), mask_of, jnp.zeros_like(t))
+    weight = code * z * unmasked_share
     estimate = Estimate(
         code,
         weight * s * (a.below - b.above + slope / total),
@@ -111,8 +160,7 @@ def masked_mode_estimate(t, s, cells: Cells, masks):
     )
 
     def to_masks(cotangent):
-        own = cotangent * code * unmasked_share
-        others = cotangent * weight / total
+        own, others = _kept((cotangent * code * unmasked_share, cotangent * weight / total))
 
         def of_cell(cell, mass):
             mine = (cell.low <= code) & (code <= cell.high)
@@ -125,39 +173,38 @@ def masked_mode_estimate(t, s, cells: Cells, masks):
 
 def expectation(t, s, low, high) -> Estimate:
     """The mean of all categories low .. high, sum_i r_i n_i; low and high may be traced."""
-    code = _holding(t, low, high)
     shift = jnp.abs(t - jnp.clip(t, low - 0.5, high + 0.5))
-    left, right = _edge(t - low + 0.5, s, shift), _edge(t - high - 0.5, s, shift)
+    code = _holding(t, low, high)
+    left = _parts(_edge(t - low + 0.5, s, shift))
+    right = _parts(_edge(t - high - 0.5, s, shift))
 
     def minus(i, sums):
-        edge = _edge(t - low - i - 0.5, s, shift)
-        return _minus(sums, _parts(edge))
+        parts = _parts(_edge(t - low - i - 0.5, s, shift))
+        return tuple(total - part for total, part in zip(sums, parts, strict=True))
 
-    # Edge by edge, n left of it less n right of it: 1 inside, and what remains at the ends.
+    # An edge counts for the code left of it and against the one right of it: 1 less inside.
     count = high - low
     count = count if isinstance(count, int) else count.astype(jnp.int32)
-    first = tuple(
-        (high - code) * r - (low - code) * l
-        for l, r in zip(_parts(left), _parts(right), strict=True)
-    )
-    total = tuple(r - l for l, r in zip(_parts(left), _parts(right), strict=True))
-    inside = jnp.where(shift > 0, 0, 1)
-    first = _loop(count, minus, first)
-    return _mean(s, code, (total[0] + inside, *total[1:]), first)
+    total = tuple(b - a for a, b in zip(left, right, strict=True))
+    first = tuple((high - code) * b - (low - code) * a for a, b in zip(left, right, strict=True))
+    return _mean(s, code, total, _kept(_loop(count, minus, first)))
 
 
 def masked_expectation(t, s, cells: Cells, masks):
     """Returns the mean of all masked categories, and (cotangent -> cotangents of the masks)."""
     shift = _distance(t, cells, masks)
     code = _holding(t, cells.low[0], cells.high[-1])
-    total, first = _moments(t, s, cells, masks, shift, code)
+    z = masks[cells.mask]
+    nz = z * cells.low.reshape(-1, *[1] * (z.ndim - 1))
+    total, first = _kept(_sums(t, s, cells, (z, nz), shift))
+    first = tuple(a - code * b for a, b in zip(first, total, strict=True))
     estimate = _mean(s, code, total, first)
 
     def to_masks(cotangent):
-        weight = cotangent / total[0]
+        weight, value = _kept((cotangent / total[0], estimate.value))
 
         def of_cell(cell, mass):
-            return weight * (cell.low - estimate.value) * mass
+            return weight * (cell.low - value) * mass
 
         return _over_masks(t, s, cells, masks, shift, of_cell)
 
@@ -168,39 +215,45 @@ def _edge(u, s, shift=None) -> _Edge:
     """An edge at distance u; `near` is relative to a cell at distance `shift`."""
     if shift is None:
         near = decay = jnp.exp(-s * jnp.abs(u))
-    else:
-        near = jnp.exp(-s * jnp.maximum(jnp.abs(u) - shift, 0))
-        decay = near * jnp.exp(-s * shift)
-    return _Edge(u, near, 1 / (1 + decay), decay)
+        return _Edge(u, near, 1 / (1 + decay), decay)
+    near = _kept(jnp.exp(-s * jnp.maximum(jnp.abs(u) - shift, 0)))
+    decay = near * jnp.exp(-s * shift)
+    return _Edge(u, near, _kept(1 / (1 + decay)), decay)
+
+
+def _kept(arrays):
+    """Arrays that several sums take: without a barrier each sum would compute them again."""
+    return lax.optimization_barrier(arrays)
 
 
 def _parts(edge):
-    """G, F' and u F'."""
+    """F as a mass and as a tail, F' and u F'."""
     slope = edge.slope
-    return edge.tail, slope, edge.u * slope
+    return edge.mass, edge.tail, slope, edge.u * slope
 
 
-def _minus(sums, parts):
-    return tuple(total - part for total, part in zip(sums, parts, strict=True))
+def _holding(t, low, high):
+    """The code whose cell holds t, the nearest one beyond low .. high."""
+    return jnp.clip(jnp.ceil(t - 0.5), low, high)
 
 
 def _mean(s, code, total, first) -> Estimate:
-    """From sum_i r_i and sum_i r_i (n_i - code), each with its two slopes."""
-    offset = first[0] / total[0]
+    """From the `_parts` of sum_i r_i and of sum_i r_i (n_i - code), the code holding t.
+
+    The limits of F add up to 0 in the latter: its tails are all of it, and nothing cancels.
+    """
+    mass, _, slope, moment = total
+    _, tail, first_slope, first_moment = first
+    offset = tail / mass
     return Estimate(
         code + offset,
-        s * (offset * total[1] - first[1]) / total[0],
-        s * (offset * total[2] - first[2]) / total[0],
+        s * (offset * slope - first_slope) / mass,
+        s * (offset * moment - first_moment) / mass,
     )
 
 
 def _width_term(s, width):
     return s * width / jnp.expm1(s * width)
-
-
-def _holding(t, low, high):
-    """The code whose cell holds t, edges on their left; the nearest beyond low .. high."""
-    return jnp.clip(jnp.ceil(t - 0.5), low, high)
 
 
 def _distance(t, cells, masks):
@@ -214,79 +267,72 @@ def _distance(t, cells, masks):
     return _loop(len(cells.low), visit, jnp.full_like(t, jnp.inf))
 
 
-class _Best(NamedTuple):
-    score: Any
-    code: Any
-    mask: Any
-    mass: Any  # relative, without the factor 1 - exp(-s)
-
-
-def _best(t, s, cells, masks, shift) -> _Best:
-    """The largest category: of a cell's codes the nearest can be it."""
+def _best(t, s, cells, masks, shift):
+    """The code of the largest category: of a cell's codes the nearest can be it."""
     code = jnp.round(t)
-    far = jnp.exp(-s)
-    holding = 1 / ((1 + jnp.exp(-s * jnp.abs(t - code + 0.5))) * (1 + jnp.exp(-s * jnp.abs(code + 0.5 - t))))
+    sides = jnp.exp(-s * jnp.abs(t - code + 0.5)), jnp.exp(-s * jnp.abs(t - code - 0.5))
+    holding = 1 / ((1 + sides[0]) * (1 + sides[1]))
+    step = jnp.exp(-s)
 
     def visit(cell, z, left, right, best):
         # The code next to an edge has its other edge one further away.
         edge = _choose(right.u > 0, right, left)
         inside = (code >= cell.low) & (code <= cell.high)
-        beside = edge.near * edge.inverse / (1 + edge.decay * far)
-        mass = jnp.where(inside, holding, beside)
-        mine = _Best(z * mass, jnp.clip(code, cell.low, cell.high), z, mass)
-        return _choose(mine.score > best.score, mine, best)
+        mass = jnp.where(inside, holding, edge.near * edge.inverse / (1 + edge.decay * step))
+        mine = z * mass, jnp.clip(code, cell.low, cell.high)
+        return _choose(mine[0] > best[0], mine, best)
 
     nothing = jnp.zeros_like(t)
-    return _fold(t, s, cells, masks, shift, visit, _Best(nothing, nothing, nothing, nothing))
+    return _fold(t, s, cells, masks, shift, visit, (nothing, nothing))[1]
 
 
 def _choose(condition, these, those):
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), these, those)
 
 
-def _totals(t, s, cells, masks, shift):
-    """The sums over edges of (z left - z right) times G, F' and u F'; the first with what holds t."""
+def _sums(t, s, cells, weights, shift):
+    """Sums of masses and of their two slopes, weighted by cell: `_parts` for each of `weights`."""
+    edges = np.append(cells.low[0] - 0.5, cells.high + 0.5)
+    # An edge counts for the cell left of it and against the one right of it.
+    ends = [jnp.zeros_like(w[:1]) for w in weights]
+    jumps = [
+        jnp.concatenate([end, w]) - jnp.concatenate([w, end])
+        for end, w in zip(ends, weights, strict=True)
+    ]
 
-    def visit(cell, z, left, right, sums):
-        holds = (left.u > 0) & (right.u <= 0)
-        mass, slope, moment = (r - l for l, r in zip(_parts(left), _parts(right), strict=True))
-        parts = (mass + jnp.where(holds, 1, 0), slope, moment)
-        return tuple(total + z * part for total, part in zip(sums, parts, strict=True))
-
-    return _fold(t, s, cells, masks, shift, visit, (jnp.zeros_like(t),) * 3)
-
-
-def _moments(t, s, cells, masks, shift, code):
-    """The sums of `_totals` over single codes, and those weighted by n - code."""
-
-    def visit(cell, z, left, right, sums):
-        holds = (left.u > 0) & (right.u <= 0)
-        mass, slope, moment = (r - l for l, r in zip(_parts(left), _parts(right), strict=True))
-        parts = [z * part for part in (mass + jnp.where(holds, 1, 0), slope, moment)]
-        total, first = sums
-        offset = cell.low - code
-        return (
-            tuple(a + part for a, part in zip(total, parts, strict=True)),
-            tuple(a + offset * part for a, part in zip(first, parts, strict=True)),
+    def add(i, sums):
+        edge = edges[i] if isinstance(i, int) else jnp.asarray(edges, t.dtype)[i]
+        parts = _parts(_edge(t - edge, s, shift))
+        return tuple(
+            tuple(total + jump[i] * part for total, part in zip(mine, parts, strict=True))
+            for mine, jump in zip(sums, jumps, strict=True)
         )
 
-    nothing = (jnp.zeros_like(t),) * 3
-    return _fold(t, s, cells, masks, shift, visit, (nothing, nothing))
+    return _loop(len(edges), add, ((jnp.zeros_like(t),) * 4,) * len(weights))
 
 
 def _over_masks(t, s, cells, masks, shift, of_cell):
     """Sums `of_cell(cell, its mass without the mask)` over all elements, by mask."""
 
-    def visit(cell, z, left, right, out):
-        holds = (left.u > 0) & (right.u <= 0)
-        term = of_cell(cell, right.tail - left.tail + jnp.where(holds, 1, 0))
-        return out.at[cell.mask].add(sum_to(term, out.shape[1:]))
+    def term(cell, left, right):
+        return of_cell(cell, right.mass - left.mass)
 
-    return _fold(t, s, cells, masks, shift, visit, jnp.zeros_like(masks))
+    if len(cells.low) > UNROLLED:
+
+        def add(cell, z, left, right, out):
+            return out.at[cell.mask].add(sum_to(term(cell, left, right), out.shape[1:]))
+
+        return _fold(t, s, cells, masks, shift, add, jnp.zeros_like(masks))
+
+    def collect(cell, z, left, right, terms):  # one sum over elements for each mask, not each cell
+        return {**terms, cell.mask: terms.get(cell.mask, 0) + term(cell, left, right)}
+
+    terms = _kept(_fold(t, s, cells, masks, shift, collect, {}))
+    return jnp.stack([sum_to(terms[k], masks.shape[1:]) for k in range(len(masks))])
 
 
 def _fold(t, s, cells, masks, shift, visit, carry):
-    """Runs `visit(cell, z, left edge, right edge, carry)` over all cells, every edge formed once."""
+    """Runs `visit(cell, z, left edge, right edge, carry)` over all cells; edges are formed once."""
 
     def body(i, both):
         left, carry = both

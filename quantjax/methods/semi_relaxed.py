@@ -22,8 +22,7 @@ __all__ = ["bit_levels", "bit_penalty", "quantize", "srq", "srq_input"]
 
 ESTIMATORS = ("mode", "expectation")
 MASK_PROBABILITY, MASK_DEVIATION = 0.9, 0.01  # appendix F
-ZERO_INTERVAL = 0.1  # alpha of leaves that are all zero
-CHUNK = 2**15  # elements of a backward pass on the CPU: its intermediate arrays stay in the cache
+CHUNK = 2**14  # elements of a backward pass on the CPU: its intermediate arrays stay in the cache
 
 
 def quantize(x, alpha, sigma, *, bits, signed=True, masks=None, estimator="mode"):
@@ -113,14 +112,11 @@ def srq(
 
     def init(path, leaf, key):
         x = leaf.astype(rounding.work_dtype(leaf.dtype))
-        log_alpha = _log_interval(
+        log_alpha = categories.log_interval(
             x, checks.group_axes(axes, path, leaf), max(1, 2 ** (bits - 1) - 1)
         )
-        learned = {"log_alpha": log_alpha, "log_sigma": log_alpha - math.log(3)}
-        low, high = (
-            jnp.asarray(code, x.dtype) for code in (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        )
-        buffers = {"low": low, "high": high}
+        learned = categories.spread(log_alpha)
+        buffers = categories.limits(bits, x.dtype)
         if dropbits:
             noise = 0 if key is None else jax.random.normal(key, (bits - 1,), x.dtype)
             learned["mask_logits"] = hard_concrete.logit(
@@ -136,7 +132,7 @@ def srq(
         return learned, buffers
 
     def apply(leaf, learned, buffers, key):
-        alpha, sigma = _positive(learned)
+        alpha, sigma = categories.positive(learned)
         checks.fitting(alpha, leaf)
         if not dropbits or key is None:
             _check_width(buffers, bits)
@@ -153,7 +149,7 @@ def srq(
 
     def encode(leaf, learned, buffers):
         _check_width(buffers, bits)
-        alpha, _ = _positive(learned)
+        alpha, _ = categories.positive(learned)
         codes = rounding.to_codes(leaf.astype(alpha.dtype), alpha, buffers["low"], buffers["high"])
         width = int(buffers["high"]).bit_length() + 1
         return qarray.Grid(
@@ -200,17 +196,12 @@ def srq_input(bits: int, *, signed: bool | None = None, estimator: str = "mode")
     check_estimator(estimator)
 
     def init(x):
-        x = x.astype(rounding.work_dtype(x.dtype))
-        negative = jnp.any(x < 0) if signed is None else jnp.asarray(signed)
-        low = jnp.where(negative, -(2.0 ** (bits - 1)), 0).astype(x.dtype)
-        high = jnp.where(negative, 2.0 ** (bits - 1) - 1, 2.0**bits - 1).astype(x.dtype)
-        log_alpha = _log_interval(x, None, jnp.maximum(high, 1)).reshape(())
-        learned = {"log_alpha": log_alpha, "log_sigma": log_alpha - math.log(3)}
-        return QuantState(learned, {"low": low, "high": high})
+        learned, limits = categories.fit_inputs(x, bits, signed)
+        return QuantState(learned, limits)
 
     def apply(x, state, *, key=None, update=False):
         del key, update
-        alpha, sigma = _positive(state.learned)
+        alpha, sigma = categories.positive(state.learned)
         low, high = state.buffers["low"], state.buffers["high"]
         return on_grid(x, alpha, sigma, low, high, estimator), state
 
@@ -271,10 +262,11 @@ def _backward(cells, estimator, saved, cotangent):
         result, to_masks = estimate(t, s)
         by_s = cotangent * result.sds
         by_alpha = cotangent * (result.value - t * result.dt) + by_s
+        dx, by_alpha, by_s = lax.optimization_barrier((cotangent * result.dt, by_alpha, by_s))
         sums = [categories.sum_to(part, groups) for part in (by_alpha, by_s)]
         if to_masks is not None:
             sums.append(to_masks(cotangent * alpha))
-        return (cotangent * result.dt).astype(x.dtype), sums
+        return dx.astype(x.dtype), sums
 
     scalars = alpha.size == sigma.size == 1 and (masks is None or masks.ndim == 1)
     dx, (by_alpha, by_s, *by_masks) = _in_chunks(pull, x, cotangent, scalars)
@@ -325,21 +317,6 @@ def check_estimator(estimator):
     """Raises ValueError for an estimator that is not known."""
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator must be one of {ESTIMATORS}, got {estimator!r}")
-
-
-def _log_interval(x, axes, high):
-    """log alpha: the highest code reaches max|x| or 3 root mean squares, whichever is less."""
-    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
-    spread = 3 * jnp.sqrt(jnp.mean(x**2, axis=axes, keepdims=True))
-    reach = jnp.minimum(largest, spread) / high
-    # All zero, as biases are at first: there is no range to go by.
-    return jnp.log(jnp.where(reach >= jnp.finfo(x.dtype).tiny, reach, ZERO_INTERVAL))
-
-
-def _positive(learned):
-    """alpha and sigma; the barrier keeps alpha one number for every use of it."""
-    alpha = lax.optimization_barrier(jnp.exp(learned["log_alpha"]))
-    return alpha, jnp.exp(learned["log_sigma"])
 
 
 def _probabilities(learned):
