@@ -18,7 +18,15 @@ from quantjax.core.quantizer import InputQuantizer, Quantizer, QuantState, leafw
 from quantjax.methods import bit_masks, categories, hard_concrete
 from quantjax.methods.bit_masks import bit_levels, bit_penalty
 
-__all__ = ["bit_levels", "bit_penalty", "quantize", "srq", "srq_input"]
+__all__ = [
+    "bit_levels",
+    "bit_penalty",
+    "quantize",
+    "srq",
+    "srq_input",
+    "width_name",
+    "widths",
+]
 
 ESTIMATORS = ("mode", "expectation")
 MASK_PROBABILITY, MASK_DEVIATION = 0.9, 0.01  # appendix F
@@ -206,6 +214,19 @@ def srq_input(bits: int, *, signed: bool | None = None, estimator: str = "mode")
         return on_grid(x, alpha, sigma, low, high, estimator), state
 
     return InputQuantizer(init, apply)
+
+
+def widths(state: QuantState) -> dict[str, int]:
+    """Returns the bit-width of every leaf by path; 1 is ternary, see `width_name`."""
+    return {
+        path: int(buffers.get("width", int(buffers["high"]).bit_length() + 1))
+        for path, buffers in state.buffers.items()
+    }
+
+
+def width_name(width: int) -> str:
+    """Returns a width as the paper's tables have it: T for ternary."""
+    return "T" if width == 1 else str(width)
 
 
 def on_grid(x, alpha, sigma, low, high, estimator):
