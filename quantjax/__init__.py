@@ -13,6 +13,7 @@ from quantjax.core.quantizer import (
     partition,
 )
 from quantjax.core.summary import summary
+from quantjax.methods.multibit import average_bits, multi_bit, sketch, storage_bits
 from quantjax.methods.psg import position_scale, psg, scale_by_position, warp
 from quantjax.methods.uniform import nearest, symmetric_step, uniform, uniform_input, zero
 
@@ -23,10 +24,12 @@ __all__ = [
     "QuantState",
     "Quantizer",
     "Table",
+    "average_bits",
     "chain",
     "decay_mask",
     "decode",
     "linen",
+    "multi_bit",
     "nearest",
     "nnx",
     "owned",
@@ -34,6 +37,8 @@ __all__ = [
     "position_scale",
     "psg",
     "scale_by_position",
+    "sketch",
+    "storage_bits",
     "summary",
     "symmetric_step",
     "uniform",
