@@ -13,6 +13,7 @@ from quantjax.core.quantizer import (
     partition,
 )
 from quantjax.core.summary import summary
+from quantjax.methods.amsgrad import projected_amsgrad
 from quantjax.methods.multibit import average_bits, multi_bit, sketch, storage_bits
 from quantjax.methods.psg import position_scale, psg, scale_by_position, warp
 from quantjax.methods.uniform import nearest, symmetric_step, uniform, uniform_input, zero
@@ -35,6 +36,7 @@ __all__ = [
     "owned",
     "partition",
     "position_scale",
+    "projected_amsgrad",
     "psg",
     "scale_by_position",
     "sketch",
