@@ -100,7 +100,7 @@ def test_multi_bit_set_is_never_left_and_descended_on():
         del metric  # sums are chosen weight by weight
         return quantizer.apply(target, state)
 
-    transform = qj.projected_amsgrad(0.3, project)
+    transform = qj.projected_amsgrad(1.5, project)
     params, moments = start, transform.init(start)
     step = jax.jit(transform.update)
     for _ in range(60):
