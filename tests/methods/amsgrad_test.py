@@ -109,13 +109,10 @@ def test_multi_bit_set_is_never_left_and_descended_on():
         params = optax.apply_updates(params, updates)
     on_set = quantizer.apply(params, state)["kernel"]
     np.testing.assert_allclose(params["kernel"], on_set, atol=1e-6)
-    best = quantizer.apply({"kernel": jnp.asarray(TARGET, jnp.float32)}, state)["kernel"]
-    before, after, least = (
-        np.sum(SCALE * (np.asarray(x) - TARGET) ** 2)
-        for x in (start["kernel"], params["kernel"], best)
+    before, after = (
+        np.sum(SCALE * (np.asarray(x) - TARGET) ** 2) for x in (start["kernel"], params["kernel"])
     )
-    assert after < 0.1 * before
-    assert after < 1.5 * least
+    assert after < 0.01 * before
 
 
 def test_trees_with_tuples_and_half_precision():
