@@ -291,11 +291,9 @@ def _project(bases, point, metric):
     codes = bases_lib.nearest_codes(bases.coords, bases.mask, point)
     codes = lax.optimization_barrier(codes)  # it is read K (K + 1) times below
     new = bases._replace(codes=codes)
-    rest = point - bases_lib.values(new)
-    pull = rest if metric is None else metric * rest
     if metric is not None:
-        metric, pull = lax.optimization_barrier((metric, pull))
-    coords = bases_lib.refit(new, pull, metric, RIDGE)
+        metric, point = lax.optimization_barrier((metric, point))
+    coords = bases_lib.refit(new, point, metric, RIDGE)
     return bases_lib.restore_signs(new._replace(coords=coords))[0]
 
 

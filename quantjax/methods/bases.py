@@ -117,54 +117,57 @@ def nearest_codes(coords, mask, x):
     return _pick(table.codes, search(table.sums, x)) | masked_bits(mask)
 
 
-def refit(bases: Bases, pull, metric, ridge):
-    """Returns coordinates that minimise |pull / metric - step|^2_metric + ridge |coords|^2.
+def refit(bases: Bases, point, metric, ridge):
+    """Returns coordinates that minimise |B coords - point|^2_metric + ridge |coords|^2.
 
-    Here step = B (new - old): the coordinates are moved rather than found anew, which keeps
-    float32 accurate, and directions that the bases do not span are left as they are.
+    The coordinates are moved rather than found anew, twice with one factorisation, which keeps
+    float32 accurate; directions that the bases do not span are left as they are.
 
     Args:
       bases: masked slots stay at zero; new coordinates may be negative.
-      pull: metric times the distance of every weight from its sum, [*view].
+      point: [*view].
       metric: positive, [*view]; or None for ones.
       ridge: added to the diagonal of B^T H B.
     """
-    codes, coords, mask = bases
-    axes, count = axes_of(coords), coords.shape[-1]
-    size = jnp.asarray(group_size(codes, coords), coords.dtype)
-    weight = jnp.ones((), coords.dtype) if metric is None else metric
-    everything = size if metric is None else total(metric, axes)
-    rows, rhs = [], []
-    for i in range(count):
-        here = mask[..., i]
+    codes, mask = bases.codes, bases.mask
+    axes, slots = axes_of(bases.coords), range(bases.coords.shape[-1])
+    weight = jnp.ones((), point.dtype) if metric is None else metric
+    if metric is None:
+        everything = jnp.asarray(group_size(codes, bases.coords), point.dtype)
+    else:
+        everything = total(metric, axes)
+    lower, inverses = [], []
+    for i in slots:
         row = []
         for j in range(i):
             same = is_set(codes, i) == is_set(codes, j)
-            dot = total(jnp.where(same, weight, -weight), axes)
-            row.append(jnp.where(here & mask[..., j], dot, 0))
-        row.append(jnp.where(here, everything + ridge, 1))
-        rows.append(row)
-        moved = total(signed(codes, i, pull), axes) - ridge * coords[..., i]
-        rhs.append(jnp.where(here, moved, 0))
-    return coords + jnp.stack(solve(rows, rhs), axis=-1)
-
-
-def solve(rows, rhs):
-    """Solves symmetric systems A x = r, all groups at once, with the K steps written out.
-
-    Args:
-      rows: the lower triangle of A, rows[i][j] for j <= i, each [*group].
-      rhs: r[i], each [*group].
-
-    An equation that depends on those before it, to rounding, gets x = 0.
-    """
-    lower, inverses, scaled = [], [], []
-    for row, value in zip(rows, rhs, strict=True):
+            product = total(jnp.where(same, weight, -weight), axes)
+            row.append(jnp.where(mask[..., i] & mask[..., j], product, 0))
+        row.append(jnp.where(mask[..., i], everything + ridge, 1))
         factors, inverse = factor_row(row, lower, inverses)
         lower.append(factors)
         inverses.append(inverse)
-        scaled.append((value - dot(factors, [z for z, _ in scaled]), inverse))
-    return back_substitute(lower, [z * inverse for z, inverse in scaled])
+    for _ in range(2):
+        pull = point - values(bases)
+        pull = lax.optimization_barrier(pull if metric is None else metric * pull)
+        rest = []
+        for i in slots:
+            slope = total(signed(codes, i, pull), axes) - ridge * bases.coords[..., i]
+            rest.append(jnp.where(mask[..., i], slope, 0))
+        step = jnp.stack(solve(lower, inverses, rest), axis=-1)
+        bases = bases._replace(coords=bases.coords + step)
+    return bases.coords
+
+
+def solve(lower, inverses, rhs):
+    """Solves A x = rhs for all groups at once, A = L D L^T from `factor_row`.
+
+    The K steps are written out; an equation that depends on those before it gets x = 0.
+    """
+    forward = []
+    for factors, value in zip(lower, rhs, strict=True):
+        forward.append(value - dot(factors, forward))
+    return back_substitute(lower, [z * d for z, d in zip(forward, inverses, strict=True)])
 
 
 def factor_row(row, lower, inverses):

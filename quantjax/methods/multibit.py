@@ -124,8 +124,7 @@ def multi_bit(
         coords, mask = buffers["coords"], buffers["mask"]
         x = place(buffers, leaf)
         found = Bases(bases_lib.nearest_codes(coords, mask, x), coords, mask)
-        pull = x - bases_lib.values(found)
-        fitted = jnp.abs(bases_lib.refit(found, pull, None, RIDGE))
+        fitted = jnp.abs(bases_lib.refit(found, x, None, RIDGE))
         if momentum is not None:
             fitted = momentum * fitted + (1 - momentum) * coords
         return {**buffers, "coords": fitted}

@@ -1,6 +1,7 @@
 """ALQ's steps against the authors' corrected code, one step at a time (its README: layouts)."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from tests.methods import golden
 
 LAYERS = ("convK", "convP", "convC", "fc1", "fc2")
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
+TIED = {"float64": 1e-9, "float32": 3e-6}  # distances that differ by less are equal
 ILL = 1e4  # beyond this condition number coordinates are not comparable, only weights
 
 
@@ -24,12 +26,22 @@ def dtype(request):
         yield request.param
 
 
+@functools.cache
+def load():
+    files = golden.load("alq_steps_inputs.npz"), golden.load("alq_steps_f64.npz")
+    return tuple(_read(file) for file in files)
+
+
+def _read(file):
+    with file:
+        return dict(file)
+
+
 class Arrays:
     """The arrays of one sequence at one width."""
 
     def __init__(self, sequence, bits, dtype):
-        self.inputs = golden.load("alq_steps_inputs.npz")
-        self.arrays = golden.load("alq_steps_f64.npz")
+        self.inputs, self.arrays = load()
         self.sequence, self.prefix, self.dtype = sequence, f"{sequence}.mb{bits}", dtype
         self.modes = list(self.inputs[f"modes.{sequence}"])
         self.rate = float(self.inputs[f"lr.{sequence}"])
@@ -62,7 +74,7 @@ class Arrays:
         # A masked slot has no moments in the library.
         of_coords = [jnp.where(mb.mask, x, 0) for x in of_coords]
         mine = steps.AlqMoments(jnp.int32(k), Moments(*of_weights), Moments(*of_coords))
-        return mb, mine, jnp.asarray(self.inputs[f"grad.{layer}"][k], self.dtype)
+        return mb, mine, jnp.asarray(self.inputs[f"grad.{layer}"][k % 10], self.dtype)
 
 
 def view(layer, basis):
@@ -106,27 +118,46 @@ def by_size(mb, *parts):
     return [np.take_along_axis(np.asarray(part), order, axis=-1) for part in parts]
 
 
+def clear_groups(arrays, layer, k):
+    """False for groups in which two sums are equally near to a target: rounding chooses bases."""
+    mb, moments, grad = arrays.state(layer, k)
+    decoded = arrays.of(layer, "w_FP" if arrays.modes[k] == "ste" else "w_hat")[k]
+    moments = steps.accumulate(moments.weights, grad, 0.9, 0.999)
+    slope, metric = steps.amsgrad.model(moments, k + 1, arrays.rate, 0.9, 0.999, 1e-8)
+    target = (decoded - np.asarray(slope / metric, np.float64)).reshape(mb.basis.shape[:-1])
+    coords, mask = np.asarray(mb.coords, np.float64), np.asarray(mb.mask)
+    signs = np.array(list(itertools.product([-1.0, 1.0], repeat=mask.shape[-1])))
+    # One candidate for every choice of the kept slots.
+    sums = np.where(np.all(mask[..., None, :] | (signs > 0), -1), coords @ signs.T, np.inf)
+    two = np.sort(np.abs(target[..., None] - sums), axis=-1)[..., :2]
+    near = two[..., 1] - two[..., 0] < TIED[arrays.dtype] * np.abs(decoded).max()
+    axes = tuple(axis for axis, n in enumerate(coords.shape[:-1]) if n == 1)
+    return ~near.any(axis=axes, keepdims=True)
+
+
 def check(arrays, layer, k, mb, moments):
     """Compares the leaf and its moments after step k with the golden ones."""
     expected, golden_moments, _ = arrays.state(layer, k)
+    mode = arrays.modes[k - 1]
     mb.validate()
-    close(mb.decode(), arrays.of(layer, "w_hat")[k], arrays.dtype)
-    close(expected.decode(), arrays.of(layer, "w_hat")[k], arrays.dtype)
+    clear = np.ones(mb.mask.shape[:-1], bool)
+    if mode in ("basis", "ste"):
+        clear = clear_groups(arrays, layer, k - 1)
+        assert clear.mean() > 0.3  # the tiny groups' sums coincide
+    golden_values = arrays.of(layer, "w_hat")[k]
+    close(expected.decode(), golden_values, arrays.dtype)
+    compared = np.broadcast_to(clear, mb.basis.shape[:-1]).reshape(golden_values.shape)
+    scale = np.max(np.abs(golden_values))
+    close(np.asarray(mb.decode())[compared], golden_values[compared], arrays.dtype, scale)
     for part, other in zip(moments.weights, golden_moments.weights, strict=True):
         close(part, other, arrays.dtype)
-    well = np.ones(mb.mask.shape[:-1], bool)
     name = f"{arrays.prefix}.{layer}.cond.s{k}"
-    if arrays.modes[k - 1] != "prune" and name in arrays.arrays:
-        well = group(layer, arrays.arrays[name][..., None, None])[..., 0] < ILL
-    np.testing.assert_array_equal(
-        np.asarray(mb.mask).sum(-1)[well], np.asarray(expected.mask).sum(-1)[well]
-    )
-    mine = by_size(mb, mb.coords, moments.coords.mean, moments.coords.square)
-    theirs = by_size(
-        expected, expected.coords, golden_moments.coords.mean, golden_moments.coords.square
-    )
+    if mode != "prune" and name in arrays.arrays:
+        clear = clear & (group(layer, arrays.arrays[name][..., None, None])[..., 0] < ILL)
+    mine = by_size(mb, mb.mask, mb.coords, *moments.coords)
+    theirs = by_size(expected, expected.mask, expected.coords, *golden_moments.coords)
     for part, other in zip(mine, theirs, strict=True):
-        close(part[well], other[well], arrays.dtype, np.abs(other).max())
+        close(part[clear], other[clear], arrays.dtype, np.abs(other).max())
 
 
 @functools.cache
@@ -142,7 +173,7 @@ def one_step(arrays, layer, k):
     return step(mb, grad, moments, learning_rate=arrays.rate, weight_decay=arrays.decay)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 6])
+@pytest.mark.parametrize("bits", [2, 6])
 @pytest.mark.parametrize("sequence", ["basis_lr1e-3", "basis_lr5e-2", "coord_lr1e-3", "coord_wd"])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_basis_and_coordinate_steps(layer, sequence, bits, dtype):
@@ -161,7 +192,7 @@ def test_moments_are_carried_across_phases(layer, sequence, dtype):
 
 
 @pytest.mark.parametrize("sequence", ["prune", "cycle"])
-@pytest.mark.parametrize("bits", [2, 4, 6])
+@pytest.mark.parametrize("bits", [2, 6])
 def test_prune_steps(bits, sequence, dtype):
     arrays = Arrays(sequence, bits, dtype)
     for k in range(len(arrays.modes)):
@@ -194,7 +225,7 @@ def test_prune_steps(bits, sequence, dtype):
             )
 
 
-@pytest.mark.parametrize("bits", [2, 4, 6])
+@pytest.mark.parametrize("bits", [2, 6])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_straight_through_steps(layer, bits, dtype):
     arrays = Arrays("ste", bits, dtype)
