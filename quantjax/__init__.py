@@ -13,6 +13,7 @@ from quantjax.core.quantizer import (
     partition,
 )
 from quantjax.core.summary import summary
+from quantjax.methods.alq import Phase, alq, alq_params, alq_rounds, alq_state
 from quantjax.methods.amsgrad import projected_amsgrad
 from quantjax.methods.multibit import average_bits, multi_bit, sketch, storage_bits
 from quantjax.methods.psg import position_scale, psg, scale_by_position, warp
@@ -22,9 +23,14 @@ __all__ = [
     "Grid",
     "InputQuantizer",
     "MultiBit",
+    "Phase",
     "QuantState",
     "Quantizer",
     "Table",
+    "alq",
+    "alq_params",
+    "alq_rounds",
+    "alq_state",
     "average_bits",
     "chain",
     "decay_mask",

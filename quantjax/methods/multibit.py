@@ -14,6 +14,7 @@ Groups, in the paper's words and in the axes of torch's and Flax's kernels:
 | subchannelwise(k)  | w[c, d : d+n]  | -1, blocks=k             | -2, blocks=k            |
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -203,6 +204,7 @@ def _split(shape, axis: int, blocks: int):
     return (*shape[:at], blocks, shape[at] // blocks, *shape[at + 1 :])
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "axes", "tol"))
 def _sketch(w, bits: int, axes, tol: float) -> Bases:
     dtype = rounding.work_dtype(w.dtype)
     x = w.astype(dtype)
