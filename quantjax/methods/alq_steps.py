@@ -176,7 +176,7 @@ def straight_through_step(
 
 def check_preselect(value):
     """Raises ValueError for a share outside (0, 1]."""
-    if not 0 < value <= 1:
+    if not isinstance(value, jax.core.Tracer) and not 0 < value <= 1:
         raise ValueError(f"preselect is a share in (0, 1], got {value!r}")
 
 

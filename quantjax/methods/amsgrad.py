@@ -25,8 +25,8 @@ class Moments(NamedTuple):
 
 def zero_moments(x) -> Moments:
     """Returns moments before the first step, for one array."""
-    zero = jnp.zeros_like(x, rounding.work_dtype(x.dtype))
-    return Moments(zero, zero, zero)
+    # Three arrays: a step that takes its state's buffers cannot take one thrice.
+    return Moments(*(jnp.zeros_like(x, rounding.work_dtype(x.dtype)) for _ in range(3)))
 
 
 def accumulate(moments: Moments, grad, b1, b2) -> Moments:
