@@ -16,6 +16,7 @@ from quantjax.core.summary import summary
 from quantjax.methods.alq import Phase, alq, alq_params, alq_rounds, alq_state
 from quantjax.methods.amsgrad import projected_amsgrad
 from quantjax.methods.multibit import average_bits, multi_bit, sketch, storage_bits
+from quantjax.methods.multibit_input import multi_bit_input
 from quantjax.methods.psg import position_scale, psg, scale_by_position, warp
 from quantjax.methods.uniform import nearest, symmetric_step, uniform, uniform_input, zero
 
@@ -37,6 +38,7 @@ __all__ = [
     "decode",
     "linen",
     "multi_bit",
+    "multi_bit_input",
     "nearest",
     "nnx",
     "owned",
