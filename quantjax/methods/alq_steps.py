@@ -119,7 +119,7 @@ def prune_step(
       moments: AlqMoments, likewise.
       count: how many coordinates of all leaves together are removed, exactly.
       preselect: the share of every leaf's coordinates, in (0, 1], that comes first; where these
-        are fewer than count, the rest follows by increment.
+        are fewer than count, the rest follows by increment. Fractions are rounded by the step.
       learning_rate, b1, b2, eps: of AMSGrad; the coordinates that stay do not move.
 
     Raises:
@@ -218,7 +218,11 @@ def prune(leaves, grads, moments, descent: Descent, count, preselect):
         slope, metric = amsgrad.model(mine.coords, mine.count, *descent)
         rises.append(increments(bases.coords, slope, metric))
     masks = [bases.mask for bases in leaves]
-    first = [jnp.ceil(preselect * jnp.count_nonzero(mask)) for mask in masks]
+    # Rounded so that the mean over the steps is the share: a small leaf gives one now and then.
+    first = [
+        jnp.floor(preselect * jnp.count_nonzero(bases.mask) + mine.count * 0.618034 % 1)
+        for bases, mine in zip(leaves, moved, strict=True)
+    ]
     kept = keep_largest(rises, masks, first, count)
     new = []
     for bases, mask in zip(leaves, kept, strict=True):

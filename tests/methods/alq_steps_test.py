@@ -138,7 +138,7 @@ def test_pruning_removes_the_count_and_the_least(seed, count, preselect):
         np.testing.assert_array_equal(after.coords, np.where(kept, before.coords, 0))
         # The leaf's own preselection, by rank.
         mask = np.asarray(before.mask)
-        first = int(np.ceil(preselect * mask.sum()))
+        first = int(np.floor(preselect * mask.sum() + 3 * 0.618034 % 1))
         ranked = np.sort(rise[mask])
         selected = mask & (rise <= (ranked[first - 1] if first else -np.inf))
         chosen.append(np.stack([rise[selected], kept[selected]]))
