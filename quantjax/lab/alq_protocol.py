@@ -160,3 +160,47 @@ def mnist(context: Context, seed: int) -> Protocol:
         augment=False,
         conv="kernelwise",
     )
+
+
+def cifar10_vgg(context: Context, seed: int) -> Protocol:
+    """Returns the small VGG on CIFAR-10 with the structures of appendix C.2."""
+    return make(
+        context,
+        seed,
+        "cifar10",
+        "vgg-small",
+        validation=5_000,
+        float_epochs=200,
+        first="channelwise",
+        blocks=(16, 2, 2),
+    )
+
+
+def resnet18(context: Context, seed: int, dataset: str = "cifar100") -> Protocol:
+    """Returns ResNet-18 with the structures of appendix C.3, on images that the lab has."""
+    return make(
+        context,
+        seed,
+        dataset,
+        "resnet18",
+        validation=5_000,
+        float_epochs=200,
+        first="channelwise",
+        blocks=(2,),
+    )
+
+
+def uniform_width(phases: Sequence[qj.Phase]) -> tuple[qj.Phase, ...]:
+    """Returns a schedule without its pruning: the baseline of table 1, which trains as long."""
+    return tuple(
+        qj.Phase("basis", phase.steps, phase.learning_rate) if phase.kind == "prune" else phase
+        for phase in phases
+    )
+
+
+def straight_through(phases: Sequence[qj.Phase]) -> tuple[qj.Phase, ...]:
+    """Returns a schedule whose basis phases are straight-through steps (section 5.3)."""
+    return tuple(
+        phase._replace(kind="ste-reconstruction") if phase.kind == "basis" else phase
+        for phase in phases
+    )

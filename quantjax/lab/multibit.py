@@ -46,7 +46,12 @@ class Outcome(NamedTuple):
 
 
 def structured(
-    params, bits: int, *, conv: str = "pixelwise", first: str | None = None, blocks: int = 2
+    params,
+    bits: int,
+    *,
+    conv: str = "pixelwise",
+    first: str | None = None,
+    blocks: Sequence[int] = (2, 1),
 ) -> Quantizer:
     """Returns `multi_bit` by the paper's structures (appendix C) for a network's kernels.
 
@@ -55,7 +60,8 @@ def structured(
       bits: 1..8.
       conv: channelwise, kernelwise or pixelwise: of the convolutions.
       first: of the first convolution; None: as the others.
-      blocks: subchannels of dense layers but the last, which is channelwise.
+      blocks: subchannels of the dense layers, the last one's last; 1, which is channelwise, where
+        they do not divide the inputs.
     """
     kernels = {p: x for p, x in paths.flatten(params)[0].items() if p.endswith("kernel")}
     dense = [path for path, leaf in kernels.items() if leaf.ndim == 2]
@@ -64,8 +70,9 @@ def structured(
     for path in convs:
         structure = first if first is not None and path == convs[0] else conv
         parts[re.escape(path)] = qj.multi_bit(bits, _axes(kernels[path].shape, structure))
-    for path in dense:
-        count = blocks if path != dense[-1] and kernels[path].shape[0] % blocks == 0 else 1
+    counts = [*blocks[:1]] * (len(dense) - len(blocks)) + [*blocks][-len(dense) :]
+    for path, count in zip(dense, counts, strict=True):
+        count = count if kernels[path].shape[0] % count == 0 else 1
         parts[re.escape(path)] = qj.multi_bit(bits, -2, blocks=count)
     return qj.partition(parts)
 
