@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import optax
 
-from quantjax.core import paths
+from quantjax.core import checks, paths
 from quantjax.core.quantizer import Quantizer, weights
 from quantjax.lab.engine import Method
 from quantjax.lab.names import nearest_name_error
 from quantjax.methods.alq import alq, alq_rounds, alq_state
-from quantjax.methods.multibit import check_bits, multi_bit
+from quantjax.methods.multibit import multi_bit
 from quantjax.methods.psg import psg, scale_by_position
 from quantjax.methods.uniform import uniform
 
@@ -77,7 +77,7 @@ def _psg_adam(bits, total):
 
 def _alq(bits, total, average=None):
     # Twice the bits to begin with, or six, pruned to the average in three rounds.
-    check_bits(bits)
+    checks.bits(bits, most=8)
     target = bits if average is None else average
     start = max(math.ceil(target), min(6, 2 * math.ceil(target)))
     rounds = 3 if total >= 12 else 1

@@ -144,9 +144,9 @@ def alq(
     if preselect is not None:
         steps.check_preselect(preselect)
     for name, value in (("b1", b1), ("b2", b2)):
-        amsgrad.check_number(name, value, 0, 1)
+        amsgrad.check_decay(name, value)
     for name, value in (("eps", eps), ("weight_decay", weight_decay), ("rate_scale", rate_scale)):
-        amsgrad.check_number(name, value, 0, np.inf)
+        amsgrad.check_not_negative(name, value)
     kinds = [kind for kind in KINDS if any(phase.kind == kind for phase in schedule)]
     with_floats = any(kind in STRAIGHT_THROUGH for kind in kinds)
     ends = np.cumsum([phase.steps for phase in schedule]).astype(np.int32)
@@ -385,7 +385,7 @@ def _check_schedule(schedule):
         whole = isinstance(phase.steps, int | np.integer) and not isinstance(phase.steps, bool)
         if not whole or phase.steps < 1:
             raise ValueError(f"steps must be a whole number from 1, got {phase.steps!r}")
-        amsgrad.check_number("learning_rate", phase.learning_rate, 0, np.inf)
+        amsgrad.check_not_negative("learning_rate", phase.learning_rate)
         if not 0 < phase.keep <= 1:
             raise ValueError(f"keep must be in (0, 1], got {phase.keep!r}")
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from quantjax.core import rounding
+from quantjax.core import checks, rounding
 
 
 class Moments(NamedTuple):
@@ -76,10 +76,9 @@ def projected_amsgrad(
       ValueError: a number out of range; params missing in `update`.
     """
     for name, value in (("b1", b1), ("b2", b2)):
-        check_number(name, value, 0, 1)
-    check_number("eps", eps, 0, np.inf)
-    if not callable(learning_rate):
-        check_number("learning_rate", learning_rate, 0, np.inf)
+        check_decay(name, value)
+    check_not_negative("eps", eps)
+    check_not_negative("learning_rate", learning_rate)
 
     def init(params):
         zeros = [jax.tree.map(lambda x: zero_moments(x).mean, params) for _ in range(3)]
@@ -114,12 +113,14 @@ def projected_amsgrad(
     return optax.GradientTransformation(init, update)
 
 
-def check_number(name, value, low, high):
-    """Raises ValueError for a concrete number outside [low, high)."""
-    if isinstance(value, jax.core.Tracer):
-        return
-    if not np.all(np.isfinite(value) & (np.asarray(value) >= low) & (np.asarray(value) < high)):
-        raise ValueError(f"{name} must be in [{low}, {high}), got {value!r}")
+def check_decay(name, value):
+    """Raises ValueError for a concrete number outside [0, 1)."""
+    checks.number(name, value, "in [0, 1)", lambda x: (x >= 0) & (x < 1))
+
+
+def check_not_negative(name, value):
+    """Raises ValueError for a concrete number that is negative or not finite."""
+    checks.number(name, value, "finite and not negative", lambda x: np.isfinite(x) & (x >= 0))
 
 
 def _one_minus_power(base, count):

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quantjax.core import qarray, rounding
+from quantjax.core import checks, qarray, rounding
 from quantjax.core.quantizer import Quantizer, check_finite, leafwise
 from quantjax.methods import bases as bases_lib
 from quantjax.methods.bases import Bases
@@ -47,9 +47,8 @@ def sketch(w, bits: int, axes, *, blocks: int = 1, tol: float = TOLERANCE) -> qa
       ValueError: bits outside 1..8; axes out of range, repeated or not counted from the end;
         blocks that do not divide; groups of fewer than 2 elements; values that are not finite.
     """
-    check_bits(bits)
-    if not 0 <= tol < 1:
-        raise ValueError(f"tol must be in [0, 1), got {tol!r}")
+    checks.bits(bits, most=bases_lib.MOST_BITS)
+    checks.number("tol", tol, "in [0, 1)", lambda tol: (tol >= 0) & (tol < 1))
     view, within = _view(jnp.shape(w), axes, blocks)
     w = jnp.asarray(w)
     check_finite(w)
@@ -79,9 +78,9 @@ def multi_bit(
     Raises:
       ValueError: as `sketch`; momentum out of range.
     """
-    check_bits(bits)
-    if momentum is not None and not 0 < momentum <= 1:
-        raise ValueError(f"momentum must be in (0, 1], got {momentum!r}")
+    checks.bits(bits, most=bases_lib.MOST_BITS)
+    if momentum is not None:
+        checks.number("momentum", momentum, "in (0, 1]", lambda m: (m > 0) & (m <= 1))
     by_leaf = isinstance(axes, Callable)
     if by_leaf and blocks != 1:
         raise ValueError("blocks need axes that are no function; use partition for several axes")
@@ -163,13 +162,6 @@ def from_multi_bit(mb: qarray.MultiBit) -> Bases:
     """Returns the bases of an encoded leaf, in its view."""
     codes = bases_lib.pack(mb.basis) | bases_lib.masked_bits(mb.mask)
     return Bases(codes, jnp.where(mb.mask, mb.coords, 0), mb.mask)
-
-
-def check_bits(bits):
-    """Raises ValueError if bits is no whole number in 1..8."""
-    most = bases_lib.MOST_BITS
-    if not (isinstance(bits, int) and not isinstance(bits, bool) and 1 <= bits <= most):
-        raise ValueError(f"bits must be a whole number in 1..{most}, got {bits!r}")
 
 
 def last_axis(axes) -> int:

@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from quantjax.core import rounding
+from quantjax.core import checks, rounding
 from quantjax.core.quantizer import InputQuantizer, QuantState
 from quantjax.methods import bases as bases_lib
-from quantjax.methods.multibit import check_bits
 
 FIRST_FITS = 10  # alternations of levels and least squares on the first batch
 
@@ -26,9 +25,8 @@ def multi_bit_input(bits: int, *, momentum: float = 0.1) -> InputQuantizer:
     Raises:
       ValueError: bits or momentum out of range.
     """
-    check_bits(bits)
-    if not 0 < momentum <= 1:
-        raise ValueError(f"momentum must be in (0, 1], got {momentum!r}")
+    checks.bits(bits, most=bases_lib.MOST_BITS)
+    checks.number("momentum", momentum, "in (0, 1]", lambda m: (m > 0) & (m <= 1))
 
     def init(x):
         x = x.astype(rounding.work_dtype(x.dtype))
