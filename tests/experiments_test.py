@@ -40,7 +40,7 @@ def test_recipe_runs_and_records(name, monkeypatch, tmp_path):
     monkeypatch.setattr(models, "build", lambda name, classes, dtype=None: Tiny(classes))
     structured = multibit.structured  # bases cost compilation, and tell no recipe from another
     monkeypatch.setattr(
-        multibit, "structured", lambda params, bits, **kw: structured(params, min(bits, 2), **kw)
+        multibit, "structured", lambda params, bits, **kw: structured(params, min(bits, 1), **kw)
     )
     path = recipes.run(name, recipes.Context(scale=0.01), tmp_path)
     record = json.loads(path.read_text())

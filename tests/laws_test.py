@@ -39,7 +39,7 @@ QUANTIZERS = {
     "dropbits expectation": lambda: semi_relaxed.srq(3, dropbits=True, estimator="expectation"),
     "dropbits learned": lambda: semi_relaxed.srq(4, learn_bits=True, freeze_after=2, biases=True),
     "chain": lambda: qj.chain(qj.uniform(6), qj.uniform(3)),
-    "multi-bit": lambda: qj.multi_bit(3, axes=channels),
+    "multi-bit": lambda: qj.multi_bit(2, axes=channels),
 }
 # Grids fixed by the state, whose levels are the grid: applying twice changes nothing.
 IDEMPOTENT = set(QUANTIZERS)

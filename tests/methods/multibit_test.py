@@ -254,6 +254,18 @@ def test_blocks_train_what_they_ship():
     np.testing.assert_array_equal(gradient["kernel"], np.full((32, 6), 2.0))
 
 
+def test_is_a_target_of_psg():
+    params = {"kernel": jnp.asarray(np.random.default_rng(4).normal(size=(16, 3)), jnp.float32)}
+    quantizer = qj.multi_bit(2, -2, momentum=0.5)
+    transform = qj.scale_by_position(quantizer, strength=3.0, eps=0.0)
+    updates, state = jax.jit(transform.update)(
+        {"kernel": jnp.ones((16, 3))}, transform.init(params), params
+    )
+    target = quantizer.apply(params, state.target)["kernel"]
+    distance = np.abs(np.asarray(params["kernel"]) - np.asarray(target))
+    np.testing.assert_allclose(updates["kernel"], 3 * distance, atol=1e-6)
+
+
 def test_axes_by_leaf():
     by_rank = qj.multi_bit(2, axes=lambda path, leaf: (-4, -3) if leaf.ndim == 4 else -2)
     params = {"a": {"kernel": jnp.ones((5, 5, 2, 3))}, "b": {"kernel": jnp.ones((6, 3))}}
