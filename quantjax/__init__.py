@@ -13,6 +13,10 @@ from quantjax.core.quantizer import (
     partition,
 )
 from quantjax.core.summary import summary
+from quantjax.methods.alq import Phase, alq, alq_params, alq_rounds, alq_state
+from quantjax.methods.amsgrad import projected_amsgrad
+from quantjax.methods.multibit import average_bits, multi_bit, sketch, storage_bits
+from quantjax.methods.multibit_input import multi_bit_input
 from quantjax.methods.psg import position_scale, psg, scale_by_position, warp
 from quantjax.methods.relaxed import rq, rq_input
 from quantjax.methods.semi_relaxed import srq, srq_input
@@ -22,24 +26,35 @@ __all__ = [
     "Grid",
     "InputQuantizer",
     "MultiBit",
+    "Phase",
     "QuantState",
     "Quantizer",
     "Table",
+    "alq",
+    "alq_params",
+    "alq_rounds",
+    "alq_state",
+    "average_bits",
     "chain",
     "decay_mask",
     "decode",
     "linen",
+    "multi_bit",
+    "multi_bit_input",
     "nearest",
     "nnx",
     "owned",
     "partition",
     "position_scale",
+    "projected_amsgrad",
     "psg",
     "rq",
     "rq_input",
     "scale_by_position",
+    "sketch",
     "srq",
     "srq_input",
+    "storage_bits",
     "summary",
     "symmetric_step",
     "uniform",

@@ -165,7 +165,10 @@ class MultiBit:
     def decode(self):
         """Returns the masked sum over the slots in `dtype`."""
         kept = jnp.where(self.mask, self.coords, 0)
-        total = (kept * self.basis.astype(kept.dtype)).sum(axis=-1)
+        # Slot by slot: the order of a reduction is the compiler's, and quantizers must agree.
+        total = jnp.zeros(self.basis.shape[:-1], kept.dtype)
+        for k in range(self.basis.shape[-1]):
+            total = total + kept[..., k] * self.basis[..., k].astype(kept.dtype)
         return total.reshape(self.shape).astype(self.dtype)
 
     def validate(self) -> "MultiBit":

@@ -23,7 +23,7 @@ class Settings:
     """digits, a TFDS image classification set, or a directory of .npy/.npz arrays."""
     model: str | None = None
     """small-cnn, lenet5, lenet5-wide, resnet20/32/56, vgg16-bn; by data set if not given."""
-    methods: tuple[str, ...] = tuple(methods.METHODS)
+    methods: tuple[str, ...] = methods.DEFAULT
     """Rows of the table."""
     bits: tuple[int, ...] = (2,)
     """Bit-widths, one row per method and width."""
@@ -163,7 +163,8 @@ def rows(settings: Settings, tell: Callable = print) -> Iterator[Result]:
             outcome = full
             if plan.method is not None:
                 # One compiled step serves all widths: they differ in their states alone.
-                steps = steps or engine.make_steps(task, plan.method)
+                if steps is None or not entry.shared:
+                    steps = engine.make_steps(task, plan.method)
                 try:
                     outcome = run(f"{entry.title}, {bits} bits", plan.method, steps, start)
                 except FloatingPointError as error:
@@ -173,7 +174,8 @@ def rows(settings: Settings, tell: Callable = print) -> Iterator[Result]:
             if plan.deploy is None:
                 shipped = deploy(variables, plan.method.quantizer, outcome.state)
             else:
-                shipped = deploy(variables, plan.deploy)
+                state = None if plan.trained is None else plan.trained(outcome.opt_state)
+                shipped = deploy(variables, plan.deploy, state)
             yield Result(
                 method=name,
                 title=entry.title,

@@ -1,13 +1,18 @@
 """The methods that `quantjax compare` knows: one entry each, in one table."""
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import optax
 
-from quantjax.core.quantizer import Quantizer
+from quantjax.core import checks, paths
+from quantjax.core.quantizer import Quantizer, weights
 from quantjax.lab.engine import Method
 from quantjax.lab.names import nearest_name_error
+from quantjax.methods.alq import alq, alq_rounds, alq_state
+from quantjax.methods.multibit import multi_bit
 from quantjax.methods.psg import psg, scale_by_position
 from quantjax.methods.uniform import uniform
 
@@ -22,6 +27,7 @@ class Plan(NamedTuple):
 
     method: Method | None = None  # None: the full-precision network as it is
     deploy: Quantizer | None = None  # fitted to the final weights; None: the one trained with
+    trained: Callable | None = None  # optimizer's state -> state of `deploy`, where it is trained
 
 
 class Entry(NamedTuple):
@@ -30,6 +36,8 @@ class Entry(NamedTuple):
     title: str
     plan: Callable  # (bits, total steps) -> Plan
     pretrained: bool = False  # starts from the full-precision network, not from its first weights
+    shared: bool = True  # one compiled step serves all widths
+    by_default: bool = True  # in the comparison if no methods are named
 
 
 def full_precision(total: int) -> Method:
@@ -67,6 +75,36 @@ def _psg_adam(bits, total):
     return Plan(Method(chain), uniform(bits))
 
 
+def _alq(bits, total, average=None):
+    # Twice the bits to begin with, or six, pruned to the average in three rounds.
+    checks.bits(bits, most=8)
+    target = bits if average is None else average
+    start = max(math.ceil(target), min(6, 2 * math.ceil(target)))
+    rounds = 3 if total >= 12 else 1
+    schedule = alq_rounds(
+        max(1, total // (4 * rounds)),
+        rounds,
+        (target / start) ** (1 / rounds),
+        basis_epochs=2,
+        coordinate_epochs=1,
+        coordinate_rate=3e-4,
+    )
+    quantizer = multi_bit(start, _pixels_or_channels)
+    parts = {"alq": alq(quantizer, schedule), "rest": optax.adam(1e-4)}
+    return Plan(Method(optax.partition(parts, _multi_bit_labels)), quantizer, alq_state)
+
+
+def _pixels_or_channels(path, leaf):
+    """Pixelwise groups, channelwise where those would have fewer than 16 weights."""
+    del path
+    return -2 if leaf.ndim == 2 or leaf.shape[-2] >= 16 else tuple(range(-leaf.ndim, -1))
+
+
+def _multi_bit_labels(params):
+    flat, rebuild = paths.flatten(params)
+    return rebuild({path: "alq" if weights(path, x) else "rest" for path, x in flat.items()})
+
+
 def _momentum(rate):
     return optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(rate, momentum=0.9))
 
@@ -82,7 +120,11 @@ METHODS = {
     "psg": Entry("PSG", _psg),
     "psg-directional": Entry("PSG, directional", lambda bits, total: _psg(bits, total, True)),
     "psg-adam": Entry("PSG with Adam", _psg_adam),
+    "alq": Entry("ALQ", _alq, pretrained=True, shared=False),
+    "alq-1": Entry("ALQ, 1 bit", partial(_alq, average=1), True, False, by_default=False),
+    "alq-0.5": Entry("ALQ, 0.5 bit", partial(_alq, average=0.5), True, False, by_default=False),
 }
+DEFAULT = tuple(name for name, entry in METHODS.items() if entry.by_default)
 
 
 def find(name: str) -> Entry:

@@ -163,6 +163,26 @@ class VGG16BN(nn.Module):
         return _logits(nn.Dense(self.classes, dtype=self.dtype)(x.mean(axis=(1, 2))))
 
 
+class VGGSmall(nn.Module):
+    """2x128C3-MP2-2x256C3-MP2-2x512C3-MP2-2x1024FC with batch norm: the VGG of ALQ, for 32x32."""
+
+    classes: int = 10
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        """Returns the logits [n, classes] of images [n, h, w, c]."""
+        for features in (128, 256, 512):
+            for _ in range(2):
+                x = nn.relu(_batch_norm(train, self.dtype)(_conv3x3(features, 1, self.dtype)(x)))
+            x = max_pool_2x2(x)
+        x = x.reshape(x.shape[0], -1)
+        for _ in range(2):
+            x = nn.Dense(1024, use_bias=False, dtype=self.dtype)(x)
+            x = nn.relu(_batch_norm(train, self.dtype)(x))
+        return _logits(nn.Dense(self.classes, dtype=self.dtype)(x))
+
+
 MODELS = {
     "small-cnn": SmallCNN,
     "lenet5": lenet5,
@@ -172,6 +192,7 @@ MODELS = {
     "resnet32": partial(ResNet, 32),
     "resnet56": partial(ResNet, 56),
     "vgg16-bn": VGG16BN,
+    "vgg-small": VGGSmall,
 }
 DEFAULTS = {"digits": "small-cnn", "mnist": "lenet5", "cifar10": "resnet20", "cifar100": "resnet20"}
 

@@ -1,7 +1,7 @@
 """Phases: a network trained in parts, each with its own method, and scored as it goes."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from quantjax.core.quantizer import QuantState
 from quantjax.lab import engine
@@ -32,6 +32,7 @@ class Outcome(NamedTuple):
     state: QuantState  # of the last phase's quantizer
     early: dict  # variables of the best score, the first of equals
     history: tuple[Point, ...]
+    opt_state: Any = None  # of the last phase's optimizer
 
     @property
     def final_score(self) -> float:
@@ -88,4 +89,4 @@ def run(
             history.append(point)
         before += phase.total
         variables = report.state.variables
-    return Outcome(variables, report.state.state, early, tuple(history))
+    return Outcome(variables, report.state.state, early, tuple(history), report.state.opt_state)

@@ -15,6 +15,7 @@ SHAPES = {
     "resnet32": (32, 32, 3),
     "resnet56": (32, 32, 3),
     "vgg16-bn": (32, 32, 3),
+    "vgg-small": (32, 32, 3),
 }
 # Counted by hand from the layers; of LeNet-5, VGG-16 and the ImageNet ResNet-18 the figures are
 # published.
@@ -27,6 +28,12 @@ PARAMETERS = {
     "resnet32": 466_906,
     "resnet56": 855_770,
     "vgg16-bn": 14_728_266,
+    # The kernels are 14.02 million: 56.09 MB in table 3 of ALQ.
+    "vgg-small": 9 * (3 * 128 + 128**2 + 128 * 256 + 256**2 + 256 * 512 + 512**2)
+    + 2 * 2 * (128 + 256 + 512)
+    + (8192 + 1024) * 1024
+    + 2 * 2 * 1024
+    + (1024 * 10 + 10),
 }
 
 

@@ -1,0 +1,402 @@
+"""ALQ as one optax transformation: params that stay on sums of binary bases, phase after phase.
+
+A schedule is a tuple of phases; algorithm 5 is `alq_rounds`. The phase in force is chosen by
+`lax.switch` on the count, so that a change of phase compiles nothing. The transformation owns what
+its quantizer owns; join it with another optimizer for the rest by `optax.partition`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from quantjax.core import paths, qarray, rounding
+from quantjax.core.quantizer import Quantizer, QuantState
+from quantjax.methods import alq_steps as steps
+from quantjax.methods import amsgrad
+from quantjax.methods import bases as bases_lib
+from quantjax.methods.bases import Bases
+from quantjax.methods.multibit import from_multi_bit
+
+STRAIGHT_THROUGH = ("ste-reconstruction", "ste-loss-aware")
+PRESELECT = 10  # the preselected share over that which a step removes
+KINDS = ("basis", "coordinate", "prune", *STRAIGHT_THROUGH)
+
+
+class Phase(NamedTuple):
+    """Some steps of one kind."""
+
+    kind: str
+    """basis, coordinate, prune; ste-reconstruction, ste-loss-aware: the baselines of 5.2."""
+    steps: int
+    learning_rate: float
+    keep: float = 1.0
+    """The share of the coordinates that a prune phase leaves, in (0, 1]."""
+
+
+def alq_rounds(
+    steps_per_epoch: int,
+    rounds: int = 6,
+    keep: float = 0.6,
+    *,
+    start_epochs: float = 0,
+    prune_epochs: float = 1,
+    basis_epochs: float = 10,
+    coordinate_epochs: float = 20,
+    post_epochs: float = 0,
+    finish_epochs: int = 0,
+    basis_rate: float = 1e-3,
+    coordinate_rate: float = 1e-4,
+) -> tuple[Phase, ...]:
+    """Returns algorithm 5: rounds times [prune, bases, coordinates], with appendix C's settings.
+
+    Rates fall to a tenth after half of a phase's epochs.
+
+    Args:
+      steps_per_epoch: optimizer steps in an epoch.
+      rounds: R, at least 1; LeNet-5 6, VGG 5 or 6, ResNet-18 5 or 9.
+      keep: the share that a round leaves, eq. 28; 0.85 on ImageNet.
+      start_epochs: of bases before the first round, to recover from the sketch.
+      prune_epochs, basis_epochs, coordinate_epochs: of every round; 5 and 10 on ImageNet.
+      post_epochs: of further training after the last round, a third of it bases, at rates that
+        begin at a tenth (appendix C.1: 30 if the loss has not converged).
+      finish_epochs: of loss-aware straight-through steps at the end, 1e-4 times 0.95 per epoch
+        (appendix C.3: 50).
+      basis_rate, coordinate_rate: of AMSGrad.
+
+    Raises:
+      ValueError: counts that are negative, or numbers out of range.
+    """
+    if not (isinstance(rounds, int) and rounds >= 1):
+        raise ValueError(f"rounds must be a whole number from 1, got {rounds!r}")
+    if not steps_per_epoch >= 1:
+        raise ValueError(f"steps_per_epoch must be at least 1, got {steps_per_epoch!r}")
+
+    def halves(kind, epochs, rate):
+        if epochs < 0:
+            raise ValueError(f"epochs must not be negative, got {epochs!r}")
+        total = round(epochs * steps_per_epoch)
+        parts = ((total + 1) // 2, rate), (total // 2, rate / 10)
+        return [Phase(kind, count, rate) for count, rate in parts if count]
+
+    phases = halves("basis", start_epochs, basis_rate)
+    for _ in range(rounds):
+        count = max(1, round(prune_epochs * steps_per_epoch))
+        phases.append(Phase("prune", count, steps.PRUNE_RATE, keep))
+        phases += halves("basis", basis_epochs, basis_rate)
+        phases += halves("coordinate", coordinate_epochs, coordinate_rate)
+    phases += halves("basis", post_epochs / 3, basis_rate / 10)
+    phases += halves("coordinate", post_epochs * 2 / 3, coordinate_rate / 10)
+    for epoch in range(finish_epochs):
+        phases.append(Phase("ste-loss-aware", steps_per_epoch, 1e-4 * 0.95**epoch))
+    _check_schedule(phases)
+    return tuple(phases)
+
+
+class AlqState(NamedTuple):
+    """State of `alq`; dicts keyed by path, one scalar in their place where there are no params."""
+
+    count: jax.Array  # scalar, int32: steps done
+    began_with: jax.Array  # scalar, int32: coordinates when the present phase began
+    quant: QuantState  # of the quantizer, with the present coords and mask [*group, K]
+    codes: dict  # [*view], uint8: bit k says where basis k is +1
+    weights: dict  # Moments [*shape] of the weights
+    coords: dict  # Moments [*group, K] of the coordinates
+    floats: dict  # [*shape]: full-precision weights, in schedules with straight-through phases
+
+
+def alq(
+    quantizer: Quantizer,
+    schedule,
+    *,
+    rate_scale=1.0,
+    weight_decay=0.0,
+    preselect: float | None = None,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+) -> optax.GradientTransformation:
+    """Optimises bases and coordinates of multi-bit weights on the loss, and prunes coordinates.
+
+    The updates take params to the decoded multi-bit weights, to within one unit in the last place
+    of the larger of old and new; `alq_params` gives them bit for bit. Start from
+    `alq_params(state, params)`: gradients are to be taken there.
+
+    Args:
+      quantizer: whose encoded leaves are all MultiBit, such as `multi_bit` or a partition of them;
+        pruning ranks the coordinates of all leaves together.
+      schedule: phases, as `alq_rounds` gives. The last one goes on when they are over.
+      rate_scale: multiplies all learning rates but that of pruning; may be traced.
+      weight_decay: L2 on the coordinates in coordinate phases (section 3.3).
+      preselect: the share of a leaf's coordinates that is ranked first in pruning (appendix B.1);
+        None: ten times what a step removes, the paper's 1% for 40% in an epoch of CIFAR-10.
+      b1, b2, eps: of AMSGrad.
+
+    Raises:
+      ValueError: numbers out of range, an empty schedule or unknown kind; at `init`, leaves that
+        the quantizer does not own or does not encode as MultiBit, or a schedule that would prune
+        everything; in `update`, params or gradients of another tree.
+    """
+    schedule = tuple(schedule)
+    _check_schedule(schedule)
+    if preselect is not None:
+        steps.check_preselect(preselect)
+    for name, value in (("b1", b1), ("b2", b2)):
+        amsgrad.check_decay(name, value)
+    for name, value in (("eps", eps), ("weight_decay", weight_decay), ("rate_scale", rate_scale)):
+        amsgrad.check_not_negative(name, value)
+    kinds = [kind for kind in KINDS if any(phase.kind == kind for phase in schedule)]
+    with_floats = any(kind in STRAIGHT_THROUGH for kind in kinds)
+    ends = np.cumsum([phase.steps for phase in schedule]).astype(np.int32)
+    table = {
+        "branch": np.array([kinds.index(phase.kind) for phase in schedule], np.int32),
+        "start": ends - np.array([phase.steps for phase in schedule], np.int32),
+        "steps": np.array([phase.steps for phase in schedule], np.float32),
+        "rate": np.array([phase.learning_rate for phase in schedule], np.float32),
+        "keep": np.array([phase.keep for phase in schedule], np.float32),
+        "preselect": np.array(
+            [min(1.0, PRESELECT * (1 - phase.keep) / phase.steps) for phase in schedule], np.float32
+        ),
+    }
+
+    def init(params):
+        flat, _ = paths.flatten(params)
+        if not flat:  # optax.tree.map_params asks for the layout alone
+            return AlqState(*(jnp.zeros((), jnp.int32) for _ in AlqState._fields))
+        quant = quantizer.init(params)
+        encoded = quantizer.encode(params, quant)
+        encoded = jax.tree_util.tree_flatten_with_path(encoded, is_leaf=qarray.is_encoded)[0]
+        encoded = {paths.path_name(key_path): leaf for key_path, leaf in encoded}
+        strange = [path for path, leaf in encoded.items() if not isinstance(leaf, qarray.MultiBit)]
+        if strange:
+            raise ValueError(
+                f"alq needs a quantizer that encodes every leaf as MultiBit; it leaves {strange}. "
+                "Give other leaves to another optimizer by optax.partition"
+            )
+        lacking = [p for p in encoded if not {"coords", "mask"} <= set(quant.buffers.get(p, {}))]
+        if lacking:
+            raise ValueError(f"the quantizer keeps no coords and mask for {lacking}")
+        _check_left(schedule, encoded)
+        found = {path: from_multi_bit(leaf) for path, leaf in encoded.items()}
+        moments = {path: steps.init_moments(leaf) for path, leaf in encoded.items()}
+        alive = sum(jnp.count_nonzero(bases.mask) for bases in found.values())
+        return AlqState(
+            count=jnp.zeros((), jnp.int32),
+            began_with=alive.astype(jnp.int32),
+            quant=_with_coords(quant, found),
+            codes={path: bases.codes for path, bases in found.items()},
+            weights={path: mine.weights for path, mine in moments.items()},
+            coords={path: mine.coords for path, mine in moments.items()},
+            floats=_floats(flat, found) if with_floats else {},
+        )
+
+    def update(updates, state, params=None):
+        if params is None:
+            raise ValueError("alq needs params: call update(grads, state, params)")
+        grads, rebuild = paths.flatten(updates)
+        weights, _ = paths.flatten(params)
+        grads, weights = (
+            paths.restrict(tree, state.codes, what)
+            for tree, what in ((grads, "gradients"), (weights, "params"))
+        )
+        for path, leaf in weights.items():
+            if leaf.shape != state.weights[path].mean.shape or leaf.shape != grads[path].shape:
+                raise ValueError(
+                    f"{path}: params {leaf.shape} and gradients {grads[path].shape} beside "
+                    f"a state for {state.weights[path].mean.shape}"
+                )
+        phase = jnp.searchsorted(ends, state.count, side="right")
+        phase = jnp.minimum(phase, len(schedule) - 1)
+        now = {name: jnp.asarray(values)[phase] for name, values in table.items()}
+        found = _bases(state)
+        alive = sum(jnp.count_nonzero(bases.mask) for bases in found.values()).astype(jnp.int32)
+        done = state.count - now["start"]
+        began_with = jnp.where(done == 0, alive, state.began_with)
+        descent = steps.Descent(now["rate"] * rate_scale, b1, b2, eps)
+
+        def restart(found):
+            """Straight-through phases start from the values that the phase before them left."""
+            return _floats(_values(found, weights), found) if with_floats else {}
+
+        def leafwise(step):
+            def branch(found, moments, floats):
+                out = {path: step(path, found[path], moments[path], floats) for path in found}
+                bases = {path: one[0] for path, one in out.items()}
+                moments = {path: one[1] for path, one in out.items()}
+                return bases, moments, restart(bases)
+
+            return branch
+
+        def basis(path, bases, moments, floats):
+            del floats
+            return steps.move_bases(bases, grads[path], moments, descent)
+
+        def coordinate(path, bases, moments, floats):
+            del floats
+            return steps.move_coords(bases, grads[path], moments, descent, weight_decay)
+
+        def prune(found, moments, floats):
+            del floats
+            # After step t of T, M0 - round((M0 - M_T) t / T) coordinates remain.
+            final = jnp.floor(began_with * now["keep"] + 0.5)
+            gone = (began_with - final) * jnp.minimum((done + 1) / now["steps"], 1)
+            count = alive - (began_with - jnp.floor(gone + 0.5).astype(jnp.int32))
+            order = list(found)
+            new, moved = steps.prune(
+                [found[path] for path in order],
+                [grads[path] for path in order],
+                [moments[path] for path in order],
+                descent._replace(learning_rate=now["rate"]),
+                count,
+                now["preselect"] if preselect is None else preselect,
+            )
+            new = dict(zip(order, new, strict=True))
+            return new, dict(zip(order, moved, strict=True)), restart(new)
+
+        def straight_through(loss_aware):
+            def branch(found, moments, floats):
+                new, moved, moved_floats = {}, {}, {}
+                for path, bases in found.items():
+                    new[path], moved_floats[path], moved[path] = steps.straight_through(
+                        bases,
+                        floats[path],
+                        grads[path],
+                        moments[path],
+                        descent,
+                        loss_aware=loss_aware,
+                    )
+                return new, moved, moved_floats
+
+            return branch
+
+        branches = {
+            "basis": leafwise(basis),
+            "coordinate": leafwise(coordinate),
+            "prune": prune,
+            "ste-reconstruction": straight_through(False),
+            "ste-loss-aware": straight_through(True),
+        }
+        moments = {
+            path: steps.AlqMoments(state.count, state.weights[path], state.coords[path])
+            for path in found
+        }
+        chosen = [branches[kind] for kind in kinds]
+        found, moments, floats = jax.lax.switch(now["branch"], chosen, found, moments, state.floats)
+        updates = {}
+        for path, value in _values(found, weights).items():
+            dtype = weights[path].dtype
+            wide = rounding.work_dtype(dtype)
+            updates[path] = (value.astype(wide) - weights[path].astype(wide)).astype(dtype)
+        return rebuild(updates), AlqState(
+            count=optax.safe_increment(state.count),
+            began_with=began_with,
+            quant=_with_coords(state.quant, found),
+            codes={path: bases.codes for path, bases in found.items()},
+            weights={path: mine.weights for path, mine in moments.items()},
+            coords={path: mine.coords for path, mine in moments.items()},
+            floats=floats,
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+def find_alq(opt_state) -> AlqState:
+    """Returns the state of `alq` anywhere in an optimizer's state.
+
+    Raises:
+      ValueError: there is none, or more than one.
+    """
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, AlqState))
+    found = [leaf for leaf in leaves if isinstance(leaf, AlqState)]
+    if len(found) != 1:
+        raise ValueError(f"expected the state of one alq in the optimizer's, found {len(found)}")
+    return found[0]
+
+
+def alq_state(opt_state) -> QuantState:
+    """Returns the quantizer's state: what `encode(alq_params(...), ...)` takes.
+
+    Args:
+      opt_state: that of `alq` or of a chain or partition with it.
+
+    Raises:
+      ValueError: it holds no state of `alq`, or several.
+    """
+    return find_alq(opt_state).quant
+
+
+def alq_params(opt_state, params):
+    """Returns the params with every leaf that `alq` owns at its exact multi-bit value.
+
+    Args:
+      opt_state: that of `alq` or of a chain or partition with it.
+      params: of that optimizer; leaves of others are the same objects.
+
+    Raises:
+      ValueError: no state of `alq`, or several; params that do not match it.
+    """
+    state = find_alq(opt_state)
+    flat, rebuild = paths.flatten(params)
+    mine = paths.restrict(flat, state.codes, "optimizer's state")
+    for path, leaf in mine.items():
+        if leaf.shape != state.weights[path].mean.shape:
+            raise ValueError(
+                f"{path}: params {leaf.shape}, state for {state.weights[path].mean.shape}"
+            )
+    return rebuild({**flat, **_values(_bases(state), mine)})
+
+
+def _bases(state: AlqState) -> dict:
+    buffers = state.quant.buffers
+    return {
+        path: Bases(codes, buffers[path]["coords"], buffers[path]["mask"])
+        for path, codes in state.codes.items()
+    }
+
+
+def _with_coords(quant: QuantState, found: dict) -> QuantState:
+    buffers = {
+        path: {**quant.buffers[path], "coords": bases.coords, "mask": bases.mask}
+        for path, bases in found.items()
+    }
+    return quant._replace(buffers=buffers)
+
+
+def _values(found: dict, like: dict) -> dict:
+    return {
+        path: bases_lib.values(found[path]).reshape(leaf.shape).astype(leaf.dtype)
+        for path, leaf in like.items()
+    }
+
+
+def _floats(leaves: dict, found: dict) -> dict:
+    """The leaves in the precision of the coordinates, as arrays of their own."""
+    return {path: jnp.array(leaf, found[path].coords.dtype) for path, leaf in leaves.items()}
+
+
+def _check_schedule(schedule):
+    if not schedule:
+        raise ValueError("the schedule has no phases")
+    for phase in schedule:
+        if phase.kind not in KINDS:
+            raise ValueError(f"kind must be one of {KINDS}, got {phase.kind!r}")
+        whole = isinstance(phase.steps, int | np.integer) and not isinstance(phase.steps, bool)
+        if not whole or phase.steps < 1:
+            raise ValueError(f"steps must be a whole number from 1, got {phase.steps!r}")
+        amsgrad.check_not_negative("learning_rate", phase.learning_rate)
+        if not 0 < phase.keep <= 1:
+            raise ValueError(f"keep must be in (0, 1], got {phase.keep!r}")
+
+
+def _check_left(schedule, encoded):
+    masks = [leaf.mask for leaf in encoded.values()]
+    if any(isinstance(mask, jax.core.Tracer) for mask in masks):
+        return
+    start = left = sum(int(np.count_nonzero(mask)) for mask in masks)
+    for phase in schedule:
+        if phase.kind == "prune":
+            left = int(np.floor(left * phase.keep + 0.5))
+    if left < 1:
+        raise ValueError(f"the schedule would leave {left} of {start} coordinates")
