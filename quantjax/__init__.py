@@ -13,6 +13,7 @@ from quantjax.core.quantizer import (
     partition,
 )
 from quantjax.core.summary import summary
+from quantjax.methods.pruning import magnitude, n_m, pruned, surgery
 from quantjax.methods.psg import position_scale, psg, scale_by_position, warp
 from quantjax.methods.uniform import nearest, symmetric_step, uniform, uniform_input, zero
 
@@ -27,14 +28,18 @@ __all__ = [
     "decay_mask",
     "decode",
     "linen",
+    "magnitude",
+    "n_m",
     "nearest",
     "nnx",
     "owned",
     "partition",
     "position_scale",
+    "pruned",
     "psg",
     "scale_by_position",
     "summary",
+    "surgery",
     "symmetric_step",
     "uniform",
     "uniform_input",

@@ -30,6 +30,11 @@ QUANTIZERS = {
         {"Conv_0": qj.uniform(8), ".*bias": None, ".*": qj.uniform(3, axes=channels)}
     ),
     "chain": lambda: qj.chain(qj.uniform(6), qj.uniform(3)),
+    "magnitude": lambda: qj.magnitude(0.3),
+    "magnitude gradual": lambda: qj.magnitude(0.3, across=True, end=2, every=1),
+    "surgery": lambda: qj.surgery(0.3, end=2),
+    "n of m": lambda: qj.n_m(2, 4, every=2),
+    "pruned": lambda: qj.pruned({"Dense_0": {"kernel": make_params()["Dense_0"]["kernel"] > 0}}),
 }
 # Grids fixed by the state, whose levels are the grid: applying twice changes nothing.
 IDEMPOTENT = set(QUANTIZERS)
@@ -145,7 +150,7 @@ def test_law_4_gradients_are_finite(quantizer, what):
 
 
 def test_law_4_single_element_leaves(name):
-    if name == "partition":
+    if name in ("partition", "pruned"):
         pytest.skip("its patterns name other leaves")
     quantizer = QUANTIZERS[name]()
     params = {"Dense_0": {"kernel": jnp.full((1, 1), 0.3), "bias": jnp.full((1,), -0.2)}}
