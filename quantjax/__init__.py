@@ -13,6 +13,7 @@ from quantjax.core.quantizer import (
     partition,
 )
 from quantjax.core.summary import summary
+from quantjax.methods.focused import focused
 from quantjax.methods.pruning import magnitude, n_m, pruned, surgery
 from quantjax.methods.psg import position_scale, psg, scale_by_position, warp
 from quantjax.methods.uniform import nearest, symmetric_step, uniform, uniform_input, zero
@@ -27,6 +28,7 @@ __all__ = [
     "chain",
     "decay_mask",
     "decode",
+    "focused",
     "linen",
     "magnitude",
     "n_m",

@@ -1,6 +1,7 @@
 """The laws of the design, for every quantizer in the library. A new method is one line here."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,9 @@ QUANTIZERS = {
     "magnitude gradual": lambda: qj.magnitude(0.3, across=True, end=2, every=1),
     "surgery": lambda: qj.surgery(0.3, end=2),
     "n of m": lambda: qj.n_m(2, 4, every=2),
+    "focused 5": lambda: qj.focused(5, min_separation=0.0, refit_every=1),
+    "focused, one mode": lambda: qj.focused(3, min_separation=math.inf, bias="error"),
+    "surgery and focused": lambda: qj.chain(qj.surgery(0.3, end=2), qj.focused(4, refit_every=1)),
     "pruned": lambda: qj.pruned({"Dense_0": {"kernel": make_params()["Dense_0"]["kernel"] > 0}}),
 }
 # Grids fixed by the state, whose levels are the grid: applying twice changes nothing.
