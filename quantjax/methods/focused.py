@@ -8,7 +8,6 @@ positive ones of a layer with one mode). FQ n is a number in the notes to the pa
 
 import functools
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +17,21 @@ from jax import lax
 from quantjax.core import order, paths, qarray
 from quantjax.core.quantizer import Quantizer, leafwise
 from quantjax.methods import mixture as mixture_lib
+from quantjax.methods import shift
+from quantjax.methods.mixture import Mixture, assign, fit_mixture, separation
+from quantjax.methods.shift import focused_levels, shift_levels
+
+__all__ = [
+    "Mixture",
+    "assign",
+    "fit_mixture",
+    "focused",
+    "focused_levels",
+    "separation",
+    "shift_levels",
+]
 
 FEWEST = 16  # non-zero weights that a mixture is fitted to
-EXPONENTS = (-126, 127)  # of normal float32 numbers
 CANDIDATES = tuple(range(-3, 4))  # beside the overflow rule's bias, with bias="error"
 
 
@@ -65,7 +76,16 @@ def focused(
         raise ValueError(f"refit_every must be a whole number of steps, got {refit_every!r}")
     if bias not in ("overflow", "error"):
         raise ValueError(f'bias must be "overflow" or "error", got {bias!r}')
-    fit_leaves = functools.partial(_fit, min_separation=min_separation, search=bias == "error")
+
+    def fit(leaves, buffers, key):
+        return _fit(
+            leaves,
+            {path: mine["limit"] for path, mine in buffers.items()},
+            {path: paths.leaf_key(key, path) for path in leaves},
+            groups=_alike(leaves),
+            min_separation=min_separation,
+            search=bias == "error",
+        )
 
     def start(path, leaf, key):
         del path, key
@@ -81,8 +101,7 @@ def focused(
     def init(params, key=None):
         state = base.init(params, key)
         leaves = paths.restrict(paths.flatten(params)[0], state.buffers)
-        limits = {path: mine["limit"] for path, mine in state.buffers.items()}
-        fitted = fit_leaves(leaves, limits, _keys(key, leaves))
+        fitted = fit(leaves, state.buffers, key)
         buffers = {path: mine | fitted[path] for path, mine in state.buffers.items()}
         return state._replace(buffers=buffers)
 
@@ -94,126 +113,24 @@ def focused(
         due = {path: mine["count"] >= mine["wait"] for path, mine in buffers.items()}
 
         def refit(buffers):
-            limits = {path: mine["limit"] for path, mine in buffers.items()}
-            fitted = fit_leaves(leaves, limits, _keys(key, leaves))
-            for path, new in fitted.items():
-                wait = buffers[path]["wait"]
-                new |= {"limit": limits[path], "count": jnp.zeros_like(wait), "wait": 2 * wait}
-            return {
-                path: jax.tree.map(functools.partial(jnp.where, due[path]), new, buffers[path])
-                for path, new in fitted.items()
-            }
+            out = {}
+            for path, new in fit(leaves, buffers, key).items():
+                old = buffers[path]
+                wait = old["wait"]
+                new |= {"limit": old["limit"], "count": jnp.zeros_like(wait), "wait": 2 * wait}
+                out[path] = jax.tree.map(functools.partial(jnp.where, due[path]), new, old)
+            return out
 
         any_due = functools.reduce(jnp.logical_or, due.values())
         return state._replace(buffers=lax.cond(any_due, refit, lambda old: old, buffers))
 
-    return (
-        base._replace(init=init) if refit_every is None else base._replace(init=init, update=update)
-    )
-
-
-def shift_levels(bits: int, bias: int):
-    """Returns +-2**(e - bias), e in 0 .. 2**(bits-1) - 1, ascending (FQ 2): [2**bits] float32.
-
-    Raises:
-      ValueError: bits outside 1..8.
-    """
-    if not 1 <= bits <= 8:
-        raise ValueError(f"bits must be in 1..8, got {bits!r}")
-    sizes = 2.0 ** (np.arange(2 ** (bits - 1)) - bias)
-    return jnp.asarray(np.concatenate([-sizes[::-1], sizes]), jnp.float32)
-
-
-def focused_levels(bits: int, alpha, mean, std, bias):
-    """Returns the levels of c- and of c+, ascending, [2**(bits-1) - 1] each (FQ 9).
-
-    Inner shift quantization has bits - 1 bits; std is rounded to a power of two; the largest level
-    of c- and the smallest of c+ are left out.
-
-    Args:
-      bits: 3..8.
-      alpha: the layer's factor, a scalar.
-      mean, std: of c- and c+, two numbers each.
-      bias: the layer's b, an integer.
-
-    Raises:
-      ValueError: bits out of range.
-    """
-    if not 3 <= bits <= 8:
-        raise ValueError(f"bits must be in 3..8, got {bits!r}")
-    table = _table(
-        {
-            "mean": jnp.asarray(mean, jnp.float32),
-            "std": _power_of_two(jnp.asarray(std, jnp.float32)),
-            "bias": jnp.asarray(bias, jnp.int32),
-            "recentred": jnp.asarray(True),
-            "limit": jnp.asarray(2 ** (bits - 1) - 1, jnp.int32),
-        }
-    )
-    return tuple(jnp.asarray(alpha, jnp.float32) * levels for levels in table)
-
-
-class Choice(NamedTuple):
-    """Where a weight goes: its level is mean + sign * 2**exponent of its component."""
-
-    alive: jax.Array  # bool: not pruned
-    positive: jax.Array  # bool: of c+
-    below: jax.Array  # bool: below the mean, sign = -1
-    exponent: jax.Array  # int32
-
-
-class Range(NamedTuple):
-    """The exponents of the levels of c- and c+, [..., 2] int32 each."""
-
-    lowest: jax.Array  # on both sides of the mean
-    below: jax.Array  # largest below the mean; lowest - 1: there are none
-    above: jax.Array
-
-
-def exponents(buffers: Mapping) -> Range:
-    """Returns the exponents of a leaf's levels, std included."""
-    limit, bias = buffers["limit"][..., None], buffers["bias"][..., None]
-    recentred = buffers["recentred"][..., None]
-    # Recentred: e in 0..E, E = 2**(bits-2) - 1, both sides, but the largest of c- and the smallest
-    # of c+ (FQ 9). Plain: e in 1..E, E = 2**(bits-1) - 1, a side each (FQ 7).
-    spread = jnp.where(recentred, _exponent(buffers["std"]), 0)
-    top = jnp.where(recentred, (limit - 1) // 2, limit) - bias + spread
-    lowest = jnp.where(recentred, 0, 1) - bias + spread
-    minus = jnp.arange(2) == 0
-    none = jnp.where(recentred, top - 1, lowest - 1)
-    outer = minus.reshape((1,) * (top.ndim - 1) + (2,))
-    return Range(lowest, jnp.where(outer, top, none), jnp.where(outer, none, top))
-
-
-def choose(w, buffers: Mapping) -> Choice:
-    """Returns the nearest level, in value, of the component of every weight of a leaf.
-
-    Of two equally near levels it is the one farther from the mean.
-    """
-    x = w.astype(jnp.float32)
-    border, component = buffers["border"], buffers["component"]
-    by_value = ((border[..., 0] < x) & (x < border[..., 1])) == buffers["inside"]
-    positive = jnp.where(component == 0, by_value, component > 0)
-    beyond = x - _of(positive, buffers["mean"])
-    below = beyond < 0
-    span = exponents(buffers)
-    top = jnp.where(below, _of(positive, span.below), _of(positive, span.above))
-    # Half a unit of the exponent more carries from 1.5 * 2**p on: nearest in value.
-    nearest = (order.magnitude_keys(beyond) + (1 << 22) >> 23) - 127
-    exponent = jnp.clip(nearest, _of(positive, span.lowest), top)
-    return Choice(_alive(x), positive, below, exponent)
-
-
-def level(choice: Choice, buffers: Mapping):
-    """Returns the levels of a choice, float32, alpha apart; zero where a weight is pruned."""
-    step = _exp2(choice.exponent)
-    value = _of(choice.positive, buffers["mean"]) + jnp.where(choice.below, -step, step)
-    return jnp.where(choice.alive, value, 0)
+    moving = {} if refit_every is None else {"update": update}
+    return base._replace(init=init, **moving)
 
 
 @jax.custom_jvp
 def _quantize(x, alpha, buffers):
-    value = level(choose(x, buffers), buffers) * alpha
+    value = shift.level(shift.choose(x, buffers), buffers) * alpha
     return jnp.where(jnp.isnan(x), x, value)
 
 
@@ -222,8 +139,8 @@ def _quantize_jvp(primals, tangents):
     x, alpha, buffers = primals
     dx, dalpha = tangents[:2]
     # dQ/dw = z and dQ/dalpha = Q / alpha (FQ 7).
-    value = level(choose(x, buffers), buffers)
-    return _quantize(x, alpha, buffers), jnp.where(_alive(x), dx, 0) + value * dalpha
+    value = shift.level(shift.choose(x, buffers), buffers)
+    return _quantize(x, alpha, buffers), jnp.where(shift.alive(x), dx, 0) + value * dalpha
 
 
 def _apply(leaf, learned, buffers, key):
@@ -234,75 +151,90 @@ def _apply(leaf, learned, buffers, key):
 
 def _encode(leaf, learned, buffers):
     _check_fits(leaf, buffers)
+    bits = int(np.max(buffers["limit"]) + 1).bit_length()
+    codes, levels = _symbols(leaf, learned["alpha"], buffers, bits)
+    return qarray.Table(codes, levels, bits=bits, dtype=leaf.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _symbols(leaf, alpha, buffers, bits):
+    """Returns the symbol of every weight and their levels: zero, then those of c- and of c+."""
     limit = buffers["limit"]
-    bits = int(np.max(limit) + 1).bit_length()
-    choice, span = choose(leaf, buffers), exponents(buffers)
-    # Zero, then the levels of c- and of c+ in ascending order.
-    lowest, largest = _of(choice.positive, span.lowest), _of(choice.positive, span.below)
+    choice, span = shift.choose(leaf, buffers), shift.exponents(buffers)
+    lowest, largest = (shift.of_component(choice.positive, ends) for ends in span[:2])
     above = largest - lowest + 1 + choice.exponent - lowest
     rank = jnp.where(choice.below, largest - choice.exponent, above)
     symbol = 1 + jnp.where(choice.positive, limit, 0) + rank
     codes = jnp.where(choice.alive, symbol, 0).astype(qarray.code_dtype(bits, signed=False))
-    table = _table(buffers)
+    table = shift.table(buffers, bits)
     zero = jnp.zeros_like(table[0][..., :1])
     levels = jnp.concatenate([zero, *table, zero], axis=-1)  # the last is no symbol
-    levels = levels * learned["alpha"][..., None]
-    return qarray.Table(codes, levels, bits=bits, dtype=leaf.dtype)
+    return codes, levels * alpha[..., None]
 
 
-def _table(buffers: Mapping):
-    """Returns the levels of c- and of c+, ascending, [..., limit] each, alpha apart."""
-    span = exponents(buffers)
-    rank = jnp.arange(int(np.max(buffers["limit"])))
-    rank = rank.reshape((1,) * (span.lowest.ndim - 1) + rank.shape)
-    tables = []
-    for i in (0, 1):
-        lowest, largest = span.lowest[..., i, None], span.below[..., i, None]
-        count = largest - lowest + 1
-        below = rank < count
-        step = _exp2(jnp.where(below, largest - rank, lowest + rank - count))
-        tables.append(buffers["mean"][..., i, None] + jnp.where(below, -step, step))
-    return tables
-
-
-@functools.partial(jax.jit, static_argnames=("min_separation", "search"))
-def _fit(leaves: Mapping, limits: Mapping, keys: Mapping, *, min_separation, search) -> dict:
+@functools.partial(jax.jit, static_argnames=("groups", "min_separation", "search"))
+def _fit(leaves, limits, keys, *, groups, min_separation, search) -> dict:
     """Returns what a fit writes into the buffers of every leaf; all mixtures in one loop."""
-    hists = [mixture_lib.histogram(leaf) for leaf in leaves.values()]
-    hists = jax.tree.map(lambda *parts: jnp.stack(parts), *hists)
+    stacked = [
+        jax.tree.map(
+            lambda *parts: jnp.stack(parts), *((leaves[p], limits[p], keys[p]) for p in group)
+        )
+        for group in groups
+    ]
+    hists = [jax.vmap(mixture_lib.histogram)(leaf) for leaf, _, _ in stacked]
+    hists = jax.tree.map(lambda *parts: jnp.concatenate(parts), *hists)
     mixtures, moments = mixture_lib.fit(hists), mixture_lib.moments(hists)
     two_modes = mixture_lib.separation(mixtures, moments.variance) >= min_separation
     two_modes &= (moments.count >= FEWEST) & (moments.variance > 0)
     two_modes &= (moments.negative > 0) & (moments.negative < moments.count)
-    borders, inside = mixture_lib.regions(mixtures)
-    out = {}
-    for i, (path, leaf) in enumerate(leaves.items()):
-        fitted = jax.tree.map(lambda part, i=i: part[i], mixtures)
-        recentred = two_modes[i] & jnp.squeeze(limits[path] >= 3)
-        component = mixture_lib.assign(keys[path], leaf, fitted)
-        mine = {
-            "component": jnp.where(recentred & _alive(leaf), component, 0).astype(jnp.int8),
-            # One mode: c+ is what lies outside of the negative numbers.
-            "border": jnp.where(
-                recentred, borders[i], jnp.asarray([-jnp.finfo(jnp.float32).max, 0])
-            ),
-            "inside": recentred & inside[i],
-            "mean": jnp.where(recentred, _narrow(fitted.mean, leaf.dtype), 0),
-            "std": jnp.where(recentred, _power_of_two(fitted.std), 1),
-            "recentred": recentred,
-        }
-        for name in ("border", "inside", "mean", "std", "recentred"):
-            mine[name] = mine[name].reshape((1,) * leaf.ndim + mine[name].shape)
-        out[path] = _with_bias(leaf, {**mine, "limit": limits[path]}, search)
+    layers = mixtures, two_modes, *mixture_lib.regions(mixtures)
+    one, out, done = functools.partial(_fit_leaf, search=search), {}, 0
+    for group, members in zip(groups, stacked, strict=True):
+        rows = slice(done, done + len(group))
+        mine = jax.tree.map(lambda part, rows=rows: part[rows], layers)
+        fitted = jax.vmap(one)(*members, *mine)
+        done = rows.stop
+        for i, path in enumerate(group):
+            out[path] = jax.tree.map(lambda part, i=i: part[i], fitted)
     return out
+
+
+def _alike(leaves: Mapping) -> tuple:
+    """Returns groups of paths whose leaves are fitted stacked, which saves most of compiling.
+
+    Inside jit a leaf's sharding is not known, and stacking could gather it: each is a group.
+    """
+    groups = {}
+    for path, leaf in leaves.items():
+        concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+        kind = (leaf.shape, leaf.dtype, leaf.sharding) if concrete else path
+        groups.setdefault(kind, []).append(path)
+    return tuple(tuple(group) for group in groups.values())
+
+
+def _fit_leaf(leaf, limit, key, mixture, two_modes, border, inside, *, search):
+    recentred = two_modes & jnp.squeeze(limit >= 3)
+    component = mixture_lib.assign(key, leaf, mixture)
+    mine = {
+        # One mode: c+ is what lies outside of the negative numbers.
+        "border": jnp.where(recentred, border, jnp.asarray([-jnp.finfo(jnp.float32).max, 0])),
+        "inside": recentred & inside,
+        "mean": jnp.where(recentred, _narrow(mixture.mean, leaf.dtype), 0),
+        "std": jnp.where(recentred, shift.power_of_two(mixture.std), 1),
+        "recentred": recentred,
+    }
+    mine = {name: part.reshape((1,) * leaf.ndim + part.shape) for name, part in mine.items()}
+    mine["component"] = jnp.where(recentred & shift.alive(leaf), component, 0).astype(jnp.int8)
+    return _with_bias(leaf, {**mine, "limit": limit}, search)
 
 
 def _with_bias(leaf, mine, search):
     """Returns the buffers with the bias (FQ 6) and with means that are exact beside its levels."""
     x = leaf.astype(jnp.float32)
-    alive = _alive(x)
-    positive = choose(x, {**mine, "bias": jnp.zeros_like(mine["limit"])}).positive
-    value = (x - _of(positive, mine["mean"])) / _of(positive, mine["std"])
+    alive = shift.alive(x)
+    positive = shift.choose(x, {**mine, "bias": jnp.zeros_like(mine["limit"])}).positive
+    mean, std = (shift.of_component(positive, mine[name]) for name in ("mean", "std"))
+    value = (x - mean) / std
     # The smallest k with |v| <= 2**k, as a key that orders; 0 for what is pruned.
     key = jnp.where(alive, order.magnitude_keys(value) + ((1 << 23) - 1) >> 23, 0)
     count = jnp.sum(alive).astype(jnp.int32)
@@ -315,7 +247,7 @@ def _with_bias(leaf, mine, search):
     def finish(bias):
         new = {**mine, "bias": bias}
         new["mean"] = jnp.where(
-            mine["recentred"][..., None], _exact(mine["mean"], exponents(new)), 0
+            mine["recentred"][..., None], _exact(mine["mean"], shift.exponents(new)), 0
         )
         return new
 
@@ -323,19 +255,17 @@ def _with_bias(leaf, mine, search):
 
         def error(offset):
             new = finish(bias + offset)
-            return jnp.sum((level(choose(x, new), new) - jnp.where(alive, x, 0)) ** 2)
+            return jnp.sum((shift.level(shift.choose(x, new), new) - jnp.where(alive, x, 0)) ** 2)
 
         offsets = jnp.asarray(CANDIDATES)
         bias += offsets[jnp.argmin(lax.map(error, offsets))]
-    new = finish(bias)
-    del new["limit"]
-    return new
+    return {name: part for name, part in finish(bias).items() if name != "limit"}
 
 
-def _exact(mean, span: Range):
+def _exact(mean, span: shift.Range):
     """Returns the means, rounded so that mean +- 2**exponent is a float32 number in 3..6 bits."""
     top = jnp.maximum(span.below, span.above)
-    unit = _exp2(jnp.maximum(_exponent(mean), top) - 22)
+    unit = shift.exp2(jnp.maximum(shift.exponent_of(mean), top) - 22)
     return jnp.round(mean / unit) * unit
 
 
@@ -343,35 +273,6 @@ def _narrow(mean, dtype):
     """Returns the means as numbers of the leaf's dtype: levels are then their own nearest."""
     info = jnp.finfo(dtype)
     return lax.reduce_precision(mean, min(info.nexp, 8), min(info.nmant, 23))
-
-
-def _power_of_two(std):
-    """Returns the nearest powers of two, nearest in log2 (FQ 9)."""
-    return _exp2(jnp.round(jnp.log2(std)).astype(jnp.int32))
-
-
-def _exp2(exponent):
-    """Returns 2**exponent exactly, in float32."""
-    bits = jnp.clip(exponent, *EXPONENTS) + 127 << 23
-    return lax.bitcast_convert_type(bits.astype(jnp.int32), jnp.float32)
-
-
-def _exponent(x):
-    """Returns floor(log2 |x|) of float32 numbers."""
-    return (order.magnitude_keys(x) >> 23) - 127
-
-
-def _alive(x):
-    return jnp.abs(x.astype(jnp.float32)) >= jnp.finfo(jnp.float32).tiny
-
-
-def _of(positive, pair):
-    """Returns the number of each weight's component, of pairs [..., 2]."""
-    return jnp.where(positive, pair[..., 1], pair[..., 0])
-
-
-def _keys(key, leaves):
-    return {path: paths.leaf_key(key, path) for path in leaves}
 
 
 def _check_fits(leaf, buffers):

@@ -109,7 +109,7 @@ def fit(hist: Histogram) -> Mixture:
             jnp.log(new.std / now.std),
             new.weight - now.weight,
         ]
-        return new, jnp.max(jnp.abs(jnp.stack(moves))), steps + 1
+        return new, jnp.nanmax(jnp.abs(jnp.stack(moves))), steps + 1
 
     def unsettled(carry):
         _, moved, steps = carry
