@@ -2,7 +2,8 @@
 
 A leaf's levels follow from a few numbers in its buffers: mean and std of c- and c+, the bias, the
 number of levels per component, and whether the layer is recentred. All of it is exact: integers,
-powers of two and one addition. FQ n is a number in the notes to the paper.
+powers of two and one addition; a fixed-point input is multiplied by shifts and additions. FQ n is
+a number in the notes to the paper.
 """
 
 from collections.abc import Mapping
@@ -157,3 +158,75 @@ def alive(x):
 def of_component(positive, pair):
     """Returns the number of each weight's component, of pairs [..., 2]."""
     return jnp.where(positive, pair[..., 1], pair[..., 0])
+
+
+class Operations(NamedTuple):
+    """What one application of a kernel costs, all its outputs at one position."""
+
+    shifts: int  # of an input, one per weight that is not pruned
+    adds: int
+    multiplications: int  # by a mean: two per output where a layer is recentred; alpha is apart
+
+
+def operations(w, buffers: Mapping) -> Operations:
+    """Returns the operations of a kernel [..., inputs, outputs], as `shift_dot` does them.
+
+    Every weight that is not pruned shifts its input and adds it to the output's sum. In a
+    recentred layer it also adds it to the sum of its component, which is multiplied by its mean
+    once per output.
+    """
+    kept = np.asarray(choose(jnp.asarray(w), buffers).alive)
+    weights, recentred = int(np.count_nonzero(kept)), bool(np.all(buffers["recentred"]))
+    outputs = kept.shape[-1]
+    if not recentred:
+        return Operations(weights, weights, 0)
+    return Operations(weights, 2 * weights + 2 * outputs, 2 * outputs)
+
+
+def shift_dot(x, w, buffers: Mapping) -> tuple[np.ndarray, int]:
+    """Returns (y, exponent): x @ w is y * 2**exponent exactly, by shifts and additions alone.
+
+    Levels are those of the weights, alpha apart. Multiplications by a mean are shifts and
+    additions, too, one per bit that is set.
+
+    Args:
+      x: integers, [n, inputs]: fixed-point numbers in units of the caller's.
+      w: a kernel [inputs, outputs].
+      buffers: those of the kernel.
+
+    Raises:
+      ValueError: x no integers, or sums that 64 bits do not hold.
+    """
+    x = np.asarray(x)
+    if not np.issubdtype(x.dtype, np.integer):
+        raise ValueError(f"fixed-point inputs are integers, got {x.dtype}")
+    x = x.astype(np.int64)
+    chosen = Choice(*(np.asarray(part) for part in choose(jnp.asarray(w), buffers)))
+    means = np.asarray(buffers["mean"], np.float64).reshape(2)
+    exponents_used = chosen.exponent[chosen.alive]
+    unit = min([_last_bit(mean) for mean in means if mean] + [int(min(exponents_used, default=0))])
+    factors = [int(mean * 2.0**-unit) for mean in means]
+    shifts = np.where(chosen.alive, chosen.exponent - unit, 0)
+    width = max([int(shifts.max(initial=0)) + 1] + [abs(factor).bit_length() for factor in factors])
+    width += int(np.abs(x).max(initial=0)).bit_length() + 1 + len(w).bit_length()
+    if width > 63:
+        raise ValueError(f"sums of {width} bits do not fit into 64: use fewer bits of x")
+    y = np.zeros((len(x), w.shape[1]), np.int64)
+    for i, row in enumerate(x.T):
+        moved = row[:, None] << shifts[i]
+        signed = np.where(chosen.below[i], -moved, moved)
+        y += np.where(chosen.alive[i], signed, 0)
+    for positive, factor in zip((False, True), factors, strict=True):
+        mine = chosen.alive & (chosen.positive == positive)
+        total = sum(np.where(mine[i], row[:, None], 0) for i, row in enumerate(x.T))
+        for bit in range(abs(factor).bit_length()):
+            if abs(factor) >> bit & 1:
+                y += total << bit if factor > 0 else -(total << bit)
+    return y, unit
+
+
+def _last_bit(x: float) -> int:
+    """Returns the exponent of the last bit that is set."""
+    mantissa, exponent = np.frexp(x)
+    whole = int(mantissa * 2.0**53)
+    return int(exponent) - 53 + (whole & -whole).bit_length() - 1
