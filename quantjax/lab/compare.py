@@ -60,7 +60,7 @@ def resolve(settings: Settings) -> Settings:
     for name, widths in found.items():
         for bits in widths:
             methods.find(name).plan(bits, 10)  # checks the width
-    if not any(found.values()):
+    if filled.bits == () or not any(found.values()):
         raise ValueError("nothing to compare: give at least one method and one width")
     for name in ("epochs", "batch_size"):
         if getattr(filled, name) < 1:

@@ -18,7 +18,7 @@ from quantjax.methods.uniform import uniform, zero
 STRENGTHS = {2: 30.0, 3: 80.0, 4: 150.0}
 DIRECTIONAL_STRENGTH = 4.0
 DENSITY = 0.2  # of the pruned networks
-SPARSE_STRENGTH = 30.0  # lambda_s with the target zero, found in the same way
+SPARSE_STRENGTH = 60.0  # lambda_s with the target zero
 WIDTHS = range(2, 17)
 
 
@@ -107,7 +107,7 @@ def _psg_sparse(bits, total):
     rate = optax.warmup_cosine_decay_schedule(0.0005, 0.01, total // 10, total)
     # No weight decay at a sparsity of 80 percent (table A7).
     descent = psg(rate, zero(), strength=SPARSE_STRENGTH, weight_decay=0.0)
-    return Plan(Method(descent), chain(magnitude(DENSITY), focused(bits)))
+    return Plan(Method(descent), chain(magnitude(DENSITY, across=True), focused(bits)))
 
 
 def _momentum(rate):
@@ -127,7 +127,7 @@ METHODS = {
     "psg-adam": Entry("PSG with Adam", _psg_adam),
     "pruned": Entry("pruned", _pruned, True, range(32, 33), 32),
     "focused": Entry("pruned and focused", _focused, True, range(3, 9), 5),
-    "psg-sparse": Entry("PSG to zero, focused", _psg_sparse, False, range(3, 9), 5),
+    "psg-sparse": Entry("PSG to zero, focused", _psg_sparse, True, range(3, 9), 5),
 }
 
 
