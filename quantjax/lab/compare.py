@@ -22,7 +22,7 @@ class Settings:
     dataset: str = "digits"
     """digits, a TFDS image classification set, or a directory of .npy/.npz arrays."""
     model: str | None = None
-    """small-cnn, lenet5, lenet5-wide, resnet20/32/56, vgg16-bn; by data set if not given."""
+    """small-cnn, lenet5, lenet5-wide, resnet20/32/56, vgg7, vgg16-bn; by data set if not given."""
     methods: tuple[str, ...] = tuple(methods.METHODS)
     """Rows of the table."""
     bits: tuple[int, ...] | None = None

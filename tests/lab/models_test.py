@@ -13,6 +13,7 @@ SHAPES = {
     "resnet20": (32, 32, 3),
     "resnet32": (32, 32, 3),
     "resnet56": (32, 32, 3),
+    "vgg7": (32, 32, 3),
     "vgg16-bn": (32, 32, 3),
 }
 # Counted by hand from the layers (LeNet-5 and VGG-16 are the published figures).
@@ -23,6 +24,9 @@ PARAMETERS = {
     "resnet20": 272_474,
     "resnet32": 466_906,
     "resnet56": 855_770,
+    "vgg7": 9 * (3 * 128 + 128 * 128 + 128 * 256 + 256 * 256 + 256 * 512 + 512 * 512)
+    + (8192 * 1024 + 10 * 1024 + 10)
+    + 2 * (2 * (128 + 256 + 512) + 1024),
     "vgg16-bn": 14_728_266,
 }
 
