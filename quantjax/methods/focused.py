@@ -172,7 +172,7 @@ def _symbols(leaf, alpha, buffers, bits):
     return codes, levels * alpha[..., None]
 
 
-@functools.partial(jax.jit, static_argnames=("groups", "min_separation", "search"))
+@functools.partial(jax.jit, static_argnames=("groups", "search"))
 def _fit(leaves, limits, keys, *, groups, min_separation, search) -> dict:
     """Returns what a fit writes into the buffers of every leaf; all mixtures in one loop."""
     stacked = [
