@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import quantjax as qj
+from quantjax.methods import semi_relaxed
 
 
 def channels(path, leaf):
@@ -30,6 +31,14 @@ QUANTIZERS = {
     "partition": lambda: qj.partition(
         {"Conv_0": qj.uniform(8), ".*bias": None, ".*": qj.uniform(3, axes=channels)}
     ),
+    "srq 1": lambda: semi_relaxed.srq(1),
+    "srq 4": lambda: semi_relaxed.srq(4),
+    "srq 8": lambda: semi_relaxed.srq(8, estimator="expectation"),
+    "srq per channel": lambda: semi_relaxed.srq(3, axes=channels, biases=True),
+    "dropbits 2": lambda: semi_relaxed.srq(2, dropbits=True),
+    "dropbits 4": lambda: semi_relaxed.srq(4, dropbits=True, axes=channels),
+    "dropbits expectation": lambda: semi_relaxed.srq(3, dropbits=True, estimator="expectation"),
+    "dropbits learned": lambda: semi_relaxed.srq(4, learn_bits=True, freeze_after=2, biases=True),
     "chain": lambda: qj.chain(qj.uniform(6), qj.uniform(3)),
     "magnitude": lambda: qj.magnitude(0.3),
     "magnitude gradual": lambda: qj.magnitude(0.3, across=True, end=2, every=1),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from quantjax.core import paths, rounding
+from quantjax.core import checks, paths, rounding
 from quantjax.core.quantizer import Quantizer, QuantState, owned_paths
 
 
@@ -79,8 +79,8 @@ def scale_by_position(
     strengths = dict(strength) if isinstance(strength, Mapping) else {".*": strength}
     paths.check_patterns(strengths)
     for pattern, value in strengths.items():
-        _check_positive(f"strength of {pattern!r}" if len(strengths) > 1 else "strength", value)
-    _check_positive("eps", eps)
+        _check_not_negative(f"strength of {pattern!r}" if len(strengths) > 1 else "strength", value)
+    _check_not_negative("eps", eps)
 
     def init(params):
         if not jax.tree.leaves(params):  # optax.tree.map_params asks for the layout alone
@@ -145,8 +145,5 @@ def psg(
     )
 
 
-def _check_positive(name, value):
-    if isinstance(value, jax.core.Tracer) or callable(value):
-        return
-    if not np.all(np.isfinite(value) & (np.asarray(value) >= 0)):
-        raise ValueError(f"{name} must be finite and not negative, got {value!r}")
+def _check_not_negative(name, value):
+    checks.number(name, value, "finite and not negative", lambda v: np.isfinite(v) & (v >= 0))

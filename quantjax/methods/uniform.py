@@ -4,14 +4,11 @@ The weight grid is the one of PSG: symmetric and narrow, -(2**(b-1)-1) .. 2**(b-
 step per leaf or group. The input grid is asymmetric and holds zero exactly.
 """
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from quantjax.core import qarray, rounding
-from quantjax.core.paths import is_weight
+from quantjax.core import checks, qarray, rounding
 from quantjax.core.quantizer import InputQuantizer, Quantizer, QuantState, leafwise
 
 
@@ -21,8 +18,8 @@ def symmetric_step(w, bits: int, axes=None):
     Raises:
       ValueError: bits outside 2..16, or axes not counted from the end.
     """
-    _check_bits(bits, 2)
-    largest = jnp.max(jnp.abs(w), axis=check_axes(axes), keepdims=True)
+    checks.bits(bits, 2)
+    largest = jnp.max(jnp.abs(w), axis=checks.axes(axes), keepdims=True)
     return largest.astype(rounding.work_dtype(w.dtype)) / (2 ** (bits - 1) - 1)
 
 
@@ -39,7 +36,7 @@ def nearest(x, step, *, bits: int, signed: bool = True, narrow: bool = False):
     Raises:
       ValueError: bits outside their range, or narrow without signed.
     """
-    _check_bits(bits, 2 if narrow else 1)
+    checks.bits(bits, 2 if narrow else 1)
     if narrow and not signed:
         raise ValueError("narrow=True needs signed=True: an unsigned grid has no lowest level")
     x = jnp.asarray(x)
@@ -69,27 +66,25 @@ def uniform(
     Raises:
       ValueError: bits, axes or momentum out of range.
     """
-    _check_bits(bits, 2)
+    checks.bits(bits, 2)
     _check_momentum(momentum)
-    if not isinstance(axes, Callable):
-        check_axes(axes)
+    axes = checks.axes(axes)
 
     def init(path, leaf, key):
         del key
-        group = axes(path, leaf) if isinstance(axes, Callable) else axes
-        low, high = _range(leaf, check_axes(group) if is_weight(path) else None)
+        low, high = _range(leaf, checks.group_axes(axes, path, leaf))
         limit = jnp.full_like(low, 2 ** (bits - 1) - 1)
         return {}, {"low": low, "high": high, "limit": limit, "step": _step(low, high, limit)}
 
     def apply(leaf, learned, buffers, key):
         del learned, key
-        limit, step = buffers["limit"], _fitting(buffers["step"], leaf)
+        limit, step = buffers["limit"], checks.fitting(buffers["step"], leaf)
         x = leaf.astype(step.dtype)
         return rounding.nearest_on_grid(x, step, -limit, limit).astype(leaf.dtype)
 
     def encode(leaf, learned, buffers):
         del learned
-        limit, step = buffers["limit"], _fitting(buffers["step"], leaf)
+        limit, step = buffers["limit"], checks.fitting(buffers["step"], leaf)
         width = int(np.log2(np.max(limit) + 1)) + 1
         codes = rounding.to_codes(leaf.astype(step.dtype), step, -limit, limit)
         codes = codes.astype(qarray.code_dtype(width))
@@ -97,7 +92,7 @@ def uniform(
 
     def update(leaf, learned, buffers, key):
         del learned, key
-        group = _fitting(buffers["low"], leaf).shape
+        group = checks.fitting(buffers["low"], leaf).shape
         low, high = _range(leaf, tuple(axis for axis, kept in enumerate(group) if kept == 1))
         if momentum is not None:
             low = momentum * low + (1 - momentum) * buffers["low"]
@@ -120,7 +115,7 @@ def uniform_input(bits: int, *, momentum: float = 0.1) -> InputQuantizer:
     Raises:
       ValueError: bits or momentum out of range.
     """
-    _check_bits(bits, 1)
+    checks.bits(bits, 1)
     _check_momentum(momentum)
 
     def grid(low, high, levels):
@@ -162,20 +157,6 @@ def zero() -> Quantizer:
     )
 
 
-def check_axes(axes):
-    """Returns `axes` as a sorted tuple, None as it is.
-
-    Raises:
-      ValueError: not integers counted from the end.
-    """
-    if axes is None:
-        return None
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
-    if not all(isinstance(axis, int) and axis < 0 for axis in axes):
-        raise ValueError(f"axes are counted from the end, such as (-4, -3, -2); got {axes}")
-    return tuple(sorted(axes))
-
-
 def _range(x, axes):
     """Returns low <= 0 <= high over `axes` with kept dims, in float32 or wider."""
     x = x.astype(rounding.work_dtype(x.dtype))
@@ -190,22 +171,6 @@ def _step(low, high, limit):
 def _positive(step):
     # Below the smallest normal number 1 / step overflows.
     return jnp.where(step >= jnp.finfo(step.dtype).tiny, step, 1)
-
-
-def _fitting(scale, leaf):
-    """Returns `scale`; raises ValueError if it is not the leaf's shape with kept dims."""
-    if scale.ndim != leaf.ndim or not all(
-        kept in (1, size) for kept, size in zip(scale.shape, leaf.shape, strict=True)
-    ):
-        raise ValueError(
-            f"the state was made for another tree: scales {scale.shape}, leaf {leaf.shape}"
-        )
-    return scale
-
-
-def _check_bits(bits, least):
-    if not (isinstance(bits, int) and not isinstance(bits, bool) and least <= bits <= 16):
-        raise ValueError(f"bits must be a whole number in {least}..16, got {bits!r}")
 
 
 def _check_momentum(momentum):

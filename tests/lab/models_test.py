@@ -10,17 +10,20 @@ SHAPES = {
     "small-cnn": (8, 8, 1),
     "lenet5": (28, 28, 1),
     "lenet5-wide": (28, 28, 1),
+    "resnet18": (32, 32, 3),
     "resnet20": (32, 32, 3),
     "resnet32": (32, 32, 3),
     "resnet56": (32, 32, 3),
     "vgg7": (32, 32, 3),
     "vgg16-bn": (32, 32, 3),
 }
-# Counted by hand from the layers (LeNet-5 and VGG-16 are the published figures).
+# Counted by hand from the layers; of LeNet-5, VGG-16 and the ImageNet ResNet-18 the figures are
+# published.
 PARAMETERS = {
     "small-cnn": (9 * 16 + 16) + (9 * 16 * 32 + 32) + (128 * 64 + 64) + (64 * 10 + 10),
     "lenet5": 431_080,
     "lenet5-wide": (25 * 32 + 32) + (25 * 32 * 64 + 64) + (3136 * 512 + 512) + (512 * 10 + 10),
+    "resnet18": 11_689_512 - 990 * (512 + 1) - 3 * 64 * (7 * 7 - 3 * 3),
     "resnet20": 272_474,
     "resnet32": 466_906,
     "resnet56": 855_770,

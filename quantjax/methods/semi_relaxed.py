@@ -1,0 +1,362 @@
+"""Semi-relaxed quantization (SRQ) with DropBits: the mode of the categories, straight-through.
+
+The forward pass rounds to the category of largest probability; the backward pass differentiates
+the probabilities of `categories`, in closed form and without ever forming them. DropBits multiplies
+the probabilities by hard concrete masks, one for each bit level of the grid.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from quantjax.core import checks, qarray, rounding
+from quantjax.core.quantizer import InputQuantizer, Quantizer, QuantState, leafwise
+from quantjax.methods import bit_masks, categories, hard_concrete
+from quantjax.methods.bit_masks import bit_levels, bit_penalty
+
+__all__ = ["bit_levels", "bit_penalty", "quantize", "srq", "srq_input"]
+
+ESTIMATORS = ("mode", "expectation")
+MASK_PROBABILITY, MASK_DEVIATION = 0.9, 0.01  # appendix F
+ZERO_INTERVAL = 0.1  # alpha of leaves that are all zero
+CHUNK = 2**15  # elements of a backward pass on the CPU: its intermediate arrays stay in the cache
+
+
+def quantize(x, alpha, sigma, *, bits, signed=True, masks=None, estimator="mode"):
+    """Returns x on the grid of interval alpha: the mode of its categories (eq. 3, algorithm 1).
+
+    Args:
+      x: floats of any shape.
+      alpha: grid interval > 0, broadcasts against x.
+      sigma: scale of the logistic noise > 0, broadcasts against x; it only shapes gradients, and
+        with masks the choice among categories.
+      bits: 1..8; the codes are -2**(bits-1) .. 2**(bits-1)-1, or 0 .. 2**bits-1 if not signed.
+      masks: signed grids only, [*group, count], group broadcasting against x. Either bits - 1
+        masks Z_1 .. Z_{bits-1} of the bit levels, or 2**(bits-1) - 1 masks of pairs of end points,
+        from the outside in (figure 3).
+      estimator: "mode", eq. 3 as written, or "expectation": the gradient of sum_i r_i g_i.
+
+    The cotangent of a mask that is exactly 0 is 0.
+
+    Raises:
+      ValueError: bits, estimator or the number of masks; alpha or sigma not positive.
+    """
+    checks.bits(bits, most=8)
+    check_estimator(estimator)
+    checks.number("alpha", alpha, "positive", lambda a: a > 0)
+    checks.number("sigma", sigma, "positive", lambda s: s > 0)
+    x = jnp.asarray(x)
+    dtype = rounding.work_dtype(x.dtype)
+    alpha, sigma = jnp.asarray(alpha, dtype), jnp.asarray(sigma, dtype)
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    if masks is None:
+        return on_grid(x, alpha, sigma, low, high, estimator)
+    if not signed:
+        raise ValueError("masks need a signed grid: an unsigned one has no symmetric levels")
+    masks = jnp.asarray(masks, dtype)
+    return on_masked_grid(x, alpha, sigma, masks, bits, estimator)
+
+
+def srq(
+    bits: int,
+    *,
+    dropbits: bool = False,
+    learn_bits: bool = False,
+    freeze_after: int | None = None,
+    penalty: float = 1e-3,
+    estimator: str = "mode",
+    axes=None,
+    biases: bool = False,
+    temperature: float = 0.2,
+    gamma: float = -0.1,
+    zeta: float = 1.1,
+) -> Quantizer:
+    """Semi-relaxed quantization of weights, with DropBits and learned bit-widths on request.
+
+    Args:
+      bits: 1..8; 2..8 with DropBits.
+      dropbits: multiplies the bit levels of a leaf by hard concrete masks when given a key.
+      learn_bits: adds `bit_penalty`, and lets `update` write the width: mask probabilities below
+        0.5 are dropped from the highest level down. Implies dropbits.
+      freeze_after: number of updates after which the width is kept and the penalty ends.
+      penalty: lambda of section 3.5, >= 0.
+      estimator: "mode" or "expectation", see `quantize`.
+      axes: the axes that share alpha and sigma, counted from the end, None (the whole leaf), or a
+        function (path, leaf) -> axes. Masks are always one set per leaf; biases have one step.
+      biases: also takes the bias beside every kernel.
+      temperature, gamma, zeta: of the hard concrete masks.
+
+    Learned, all by their logarithm or logit: log_alpha from the range of the weights, the smallest
+    grid that holds them or 3 standard deviations, whichever is less; log_sigma, alpha / 3; and
+    mask_logits, probabilities ~ N(0.9, 0.01**2) (0.9 without a key). Without a key a leaf is
+    rounded to the codes low .. high of its width, as algorithm 1 deploys it.
+
+    Raises:
+      ValueError: an argument out of its range; a state whose width is out of range.
+    """
+    checks.bits(bits, most=8)
+    check_estimator(estimator)
+    dropbits = dropbits or learn_bits
+    if dropbits and bits < 2:
+        raise ValueError("DropBits needs at least 2 bits: a 1-bit grid has no bit levels")
+    if freeze_after is not None and not (learn_bits and freeze_after >= 0):
+        raise ValueError(f"freeze_after={freeze_after!r} needs learn_bits=True, and must be >= 0")
+    if not (math.isfinite(penalty) and penalty >= 0):
+        raise ValueError(f"penalty must be finite and >= 0, got {penalty!r}")
+    shape = {"temperature": temperature, "gamma": gamma, "zeta": zeta}
+    hard_concrete.check(prob=0.5, **shape)
+    axes = checks.axes(axes)
+
+    def init(path, leaf, key):
+        x = leaf.astype(rounding.work_dtype(leaf.dtype))
+        log_alpha = _log_interval(
+            x, checks.group_axes(axes, path, leaf), max(1, 2 ** (bits - 1) - 1)
+        )
+        learned = {"log_alpha": log_alpha, "log_sigma": log_alpha - math.log(3)}
+        low, high = (
+            jnp.asarray(code, x.dtype) for code in (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        )
+        buffers = {"low": low, "high": high}
+        if dropbits:
+            noise = 0 if key is None else jax.random.normal(key, (bits - 1,), x.dtype)
+            learned["mask_logits"] = hard_concrete.logit(
+                jnp.full((bits - 1,), MASK_PROBABILITY, x.dtype) + noise * MASK_DEVIATION
+            )
+        if learn_bits:
+            never = np.iinfo(np.int32).max
+            buffers["width"] = jnp.asarray(bits, jnp.int32)
+            buffers["count"] = jnp.zeros((), jnp.int32)
+            buffers["freeze_after"] = jnp.asarray(
+                never if freeze_after is None else freeze_after, jnp.int32
+            )
+        return learned, buffers
+
+    def apply(leaf, learned, buffers, key):
+        alpha, sigma = _positive(learned)
+        checks.fitting(alpha, leaf)
+        if not dropbits or key is None:
+            _check_width(buffers, bits)
+            return on_grid(leaf, alpha, sigma, buffers["low"], buffers["high"], estimator)
+        return on_masked_grid(leaf, alpha, sigma, masks_of(learned, buffers, key), bits, estimator)
+
+    def masks_of(learned, buffers, key):
+        masks = hard_concrete.sample(key, _probabilities(learned), **shape)
+        if learn_bits:
+            levels = 1 + jnp.arange(masks.size)
+            kept = ~_frozen(buffers) | (levels < buffers["width"])
+            masks = jnp.where(kept, masks, 0)
+        return masks
+
+    def encode(leaf, learned, buffers):
+        _check_width(buffers, bits)
+        alpha, _ = _positive(learned)
+        codes = rounding.to_codes(leaf.astype(alpha.dtype), alpha, buffers["low"], buffers["high"])
+        width = int(buffers["high"]).bit_length() + 1
+        return qarray.Grid(
+            codes.astype(qarray.code_dtype(width)), alpha, bits=width, dtype=leaf.dtype
+        )
+
+    def update(leaf, learned, buffers, key):
+        del leaf, key
+        if not learn_bits:
+            return buffers
+        kept = _probabilities(learned) >= 0.5
+        width = 1 + jnp.max(jnp.where(kept, 1 + jnp.arange(kept.size), 0))
+        width = jnp.where(_frozen(buffers), buffers["width"], width).astype(jnp.int32)
+        low, high = _limits(width, buffers["low"].dtype)
+        count = jnp.minimum(buffers["count"], buffers["freeze_after"] - 1) + 1
+        return {**buffers, "width": width, "low": low, "high": high, "count": count}
+
+    def price(learned, buffers, key):
+        if key is None:
+            masks = (1 + jnp.arange(bits - 1) < buffers["width"]).astype(buffers["low"].dtype)
+        else:
+            masks = masks_of(learned, buffers, key)
+        cost = penalty * bit_penalty(masks, _probabilities(learned), **shape)
+        return jnp.where(_frozen(buffers), 0, cost)
+
+    return leafwise(init, apply, encode, update, price if learn_bits else None, biases=biases)
+
+
+def srq_input(bits: int, *, signed: bool | None = None, estimator: str = "mode") -> InputQuantizer:
+    """Semi-relaxed quantization of layer inputs, with a learned interval and spread per layer.
+
+    Args:
+      bits: 1..8.
+      signed: codes -2**(bits-1) .. 2**(bits-1)-1 rather than 0 .. 2**bits-1; None: signed where
+        the first batch has negative values.
+      estimator: "mode" or "expectation", see `quantize`.
+
+    Learned are log_alpha and log_sigma, set by the first batch as `srq` sets them by the weights.
+
+    Raises:
+      ValueError: bits or estimator.
+    """
+    checks.bits(bits, most=8)
+    check_estimator(estimator)
+
+    def init(x):
+        x = x.astype(rounding.work_dtype(x.dtype))
+        negative = jnp.any(x < 0) if signed is None else jnp.asarray(signed)
+        low = jnp.where(negative, -(2.0 ** (bits - 1)), 0).astype(x.dtype)
+        high = jnp.where(negative, 2.0 ** (bits - 1) - 1, 2.0**bits - 1).astype(x.dtype)
+        log_alpha = _log_interval(x, None, jnp.maximum(high, 1)).reshape(())
+        learned = {"log_alpha": log_alpha, "log_sigma": log_alpha - math.log(3)}
+        return QuantState(learned, {"low": low, "high": high})
+
+    def apply(x, state, *, key=None, update=False):
+        del key, update
+        alpha, sigma = _positive(state.learned)
+        low, high = state.buffers["low"], state.buffers["high"]
+        return on_grid(x, alpha, sigma, low, high, estimator), state
+
+    return InputQuantizer(init, apply)
+
+
+def on_grid(x, alpha, sigma, low, high, estimator):
+    """As `quantize` without masks, on the codes low .. high, which may be arrays."""
+    if isinstance(low, int):
+        return _quantize(x, alpha, sigma, None, None, (low, high), estimator)
+    return _quantize(x, alpha, sigma, None, (low, high), None, estimator)
+
+
+def on_masked_grid(x, alpha, sigma, masks, bits, estimator):
+    """As `quantize` with masks."""
+    cells = bit_masks.cells(bits, masks.shape[-1] if masks.ndim else 0, estimator == "expectation")
+    return _quantize(x, alpha, sigma, masks, None, cells, estimator)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _quantize(x, alpha, sigma, masks, limits, cells, estimator):
+    del estimator
+    if masks is None:
+        codes = rounding.to_codes(x.astype(alpha.dtype), alpha, *(limits or cells))
+    else:
+        t = x.astype(alpha.dtype) * (1 / alpha)
+        codes = categories.masked_mode(t, alpha / sigma, cells, _lead(masks))
+    return (codes * alpha).astype(x.dtype)
+
+
+def _forward(x, alpha, sigma, masks, limits, cells, estimator):
+    x_hat = _quantize(x, alpha, sigma, masks, limits, cells, estimator)
+    return x_hat, (x, alpha, sigma, masks, limits)
+
+
+def _backward(cells, estimator, saved, cotangent):
+    x, alpha, sigma, masks, limits = saved
+
+    def estimate(t, s):
+        if masks is not None:
+            of = (
+                categories.masked_mode_estimate
+                if estimator == "mode"
+                else categories.masked_expectation
+            )
+            return of(t, s, cells, _lead(masks))
+        low, high = limits or cells
+        if estimator == "mode":
+            return categories.mode(t, s, jnp.clip(jnp.round(t), low, high), low, high), None
+        return categories.expectation(t, s, low, high), None
+
+    groups = jnp.broadcast_shapes(alpha.shape, sigma.shape)
+    s = alpha / sigma
+
+    def pull(x, cotangent):
+        x, cotangent = x.astype(alpha.dtype), cotangent.astype(alpha.dtype)
+        t = x * (1 / alpha)
+        result, to_masks = estimate(t, s)
+        by_s = cotangent * result.sds
+        by_alpha = cotangent * (result.value - t * result.dt) + by_s
+        sums = [categories.sum_to(part, groups) for part in (by_alpha, by_s)]
+        if to_masks is not None:
+            sums.append(to_masks(cotangent * alpha))
+        return (cotangent * result.dt).astype(x.dtype), sums
+
+    scalars = alpha.size == sigma.size == 1 and (masks is None or masks.ndim == 1)
+    dx, (by_alpha, by_s, *by_masks) = _in_chunks(pull, x, cotangent, scalars)
+    of_masks = None
+    if by_masks:
+        of_masks = jnp.where(masks == 0, 0, jnp.moveaxis(by_masks[0][1:], 0, -1))
+    return (
+        dx.astype(x.dtype),
+        categories.sum_to(by_alpha, alpha.shape),
+        categories.sum_to(-s * by_s, sigma.shape),
+        of_masks,
+        None,
+    )
+
+
+_quantize.defvjp(_forward, _backward)
+
+
+def _lead(masks):
+    """[*group, count] -> [1 + count, *group], the first for the codes that are never masked."""
+    masks = jnp.moveaxis(masks, -1, 0)
+    return jnp.concatenate([jnp.ones_like(masks, shape=(1, *masks.shape[1:])), masks])
+
+
+def _in_chunks(pull, x, cotangent, scalars: bool):
+    """Runs `pull` part by part on the CPU, where its intermediate arrays then stay in the cache."""
+    count = max(1, x.size // CHUNK)
+    count = next((n for n in range(count, 2 * count) if x.size % n == 0), 1)
+    if count == 1 or not scalars:
+        return pull(x, cotangent)
+
+    def one_by_one(x, cotangent):
+        parts = x.reshape(count, -1), cotangent.reshape(count, -1)
+        shapes = jax.eval_shape(pull, *(part[0] for part in parts))[1]
+
+        def body(sums, part):
+            dx, more = pull(*part)
+            return jax.tree.map(jnp.add, sums, more), dx
+
+        start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        sums, dx = lax.scan(body, start, parts)
+        return dx.reshape(x.shape), sums
+
+    return lax.platform_dependent(x, cotangent, cpu=one_by_one, default=pull)
+
+
+def check_estimator(estimator):
+    """Raises ValueError for an estimator that is not known."""
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator must be one of {ESTIMATORS}, got {estimator!r}")
+
+
+def _log_interval(x, axes, high):
+    """log alpha: the highest code reaches max|x| or 3 root mean squares, whichever is less."""
+    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
+    spread = 3 * jnp.sqrt(jnp.mean(x**2, axis=axes, keepdims=True))
+    reach = jnp.minimum(largest, spread) / high
+    # All zero, as biases are at first: there is no range to go by.
+    return jnp.log(jnp.where(reach >= jnp.finfo(x.dtype).tiny, reach, ZERO_INTERVAL))
+
+
+def _positive(learned):
+    """alpha and sigma; the barrier keeps alpha one number for every use of it."""
+    alpha = lax.optimization_barrier(jnp.exp(learned["log_alpha"]))
+    return alpha, jnp.exp(learned["log_sigma"])
+
+
+def _probabilities(learned):
+    edge = jnp.finfo(learned["mask_logits"].dtype).eps
+    return jnp.clip(jax.nn.sigmoid(learned["mask_logits"]), edge, 1 - edge)
+
+
+def _limits(width, dtype):
+    """The lowest and the highest code of a width; 1 is ternary, -1 .. 1."""
+    half = 2 ** (width - 1).astype(dtype)
+    return jnp.where(width == 1, -1, -half), jnp.where(width == 1, 1, half - 1)
+
+
+def _frozen(buffers):
+    return buffers["count"] >= buffers["freeze_after"]
+
+
+def _check_width(buffers, bits):
+    width = buffers.get("width", bits)
+    checks.number("the state's width", width, f"in 1..{bits}", lambda w: (w >= 1) & (w <= bits))
