@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import quantjax as qj
 from quantjax.methods import semi_relaxed
+from quantjax.methods.l0 import l0
 
 
 def channels(path, leaf):
@@ -47,10 +48,11 @@ QUANTIZERS = {
     "focused 5": lambda: qj.focused(5, min_separation=0.0, refit_every=1),
     "focused, one mode": lambda: qj.focused(3, min_separation=math.inf, bias="error"),
     "surgery and focused": lambda: qj.chain(qj.surgery(0.3, end=2), qj.focused(4, refit_every=1)),
+    "l0": lambda: l0(1e-3, prob=0.6),
     "pruned": lambda: qj.pruned({"Dense_0": {"kernel": make_params()["Dense_0"]["kernel"] > 0}}),
 }
 # Grids fixed by the state, whose levels are the grid: applying twice changes nothing.
-IDEMPOTENT = set(QUANTIZERS)
+IDEMPOTENT = set(QUANTIZERS) - {"l0"}  # its gates are fractions, too
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 

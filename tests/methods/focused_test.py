@@ -230,6 +230,12 @@ def test_components_are_drawn_with_a_key_and_stay():
     quantizer, state = fitted(w, key=jax.random.key(1))
     once, again = (quantizer.apply(tree(w), state, key=jax.random.key(k)) for k in (2, 3))
     jax.tree.map(np.testing.assert_array_equal, once, again)
+    moving = qj.focused(5, refit_every=1)
+    keys = jax.random.split(jax.random.key(4))
+    refits = [moving.update(tree(w), moving.init(tree(w)), key=key) for key in (None, *keys)]
+    refits = [buffers_of(state)["component"] for state in refits]
+    np.testing.assert_array_equal(refits[0], drawn[0])
+    assert 0.01 < np.mean(refits[1] != refits[2]) < 0.3
 
 
 def test_refits_after_n_2n_4n_steps():
