@@ -15,8 +15,10 @@ from quantjax.core.quantizer import (
 from quantjax.core.summary import summary
 from quantjax.methods.alq import Phase, alq, alq_params, alq_rounds, alq_state
 from quantjax.methods.amsgrad import projected_amsgrad
+from quantjax.methods.focused import focused
 from quantjax.methods.multibit import average_bits, multi_bit, sketch, storage_bits
 from quantjax.methods.multibit_input import multi_bit_input
+from quantjax.methods.pruning import magnitude, n_m, pruned, surgery
 from quantjax.methods.psg import position_scale, psg, scale_by_position, warp
 from quantjax.methods.relaxed import rq, rq_input
 from quantjax.methods.semi_relaxed import srq, srq_input
@@ -38,15 +40,19 @@ __all__ = [
     "chain",
     "decay_mask",
     "decode",
+    "focused",
     "linen",
+    "magnitude",
     "multi_bit",
     "multi_bit_input",
+    "n_m",
     "nearest",
     "nnx",
     "owned",
     "partition",
     "position_scale",
     "projected_amsgrad",
+    "pruned",
     "psg",
     "rq",
     "rq_input",
@@ -56,6 +62,7 @@ __all__ = [
     "srq_input",
     "storage_bits",
     "summary",
+    "surgery",
     "symmetric_step",
     "uniform",
     "uniform_input",

@@ -15,7 +15,7 @@ class Row(NamedTuple):
 
     path: str
     shape: tuple[int, ...]
-    method: str  # the encoded leaf's class, or the dtype of a plain array
+    method: str  # the encoded leaf's class and kind, or the dtype of a plain array
     bits: float  # per weight, scales and tables apart
     nbytes: int  # as storage writes it, scales and tables included
     squared_error: float | None  # sum over the leaf; None without float params, or as they are
@@ -110,9 +110,20 @@ def _row(path, leaf, floats):
     return Row(
         path=path,
         shape=tuple(leaf.shape),
-        method=type(leaf).__name__ if encoded else str(leaf.dtype),
+        method=_method(leaf) if encoded else str(leaf.dtype),
         bits=leaf.bits if encoded else leaf.dtype.itemsize * 8,
         nbytes=qarray.nbits(leaf) // 8,
         squared_error=squared,
         relative_error=relative,
     )
+
+
+def _method(leaf) -> str:
+    name = type(leaf).__name__
+    if isinstance(leaf, qarray.Table):
+        # Levels that all have one mantissa multiply by a shift.
+        mantissas = np.abs(np.frexp(np.asarray(leaf.levels, np.float64))[0])
+        largest = mantissas.max(axis=-1, keepdims=True)
+        if np.all((mantissas == largest) | (mantissas == 0)):
+            return f"{name}, powers of two"
+    return name

@@ -22,11 +22,11 @@ class Settings:
     dataset: str = "digits"
     """digits, a TFDS image classification set, or a directory of .npy/.npz arrays."""
     model: str | None = None
-    """small-cnn, lenet5, lenet5-wide, resnet20/32/56, vgg16-bn; by data set if not given."""
+    """small-cnn, lenet5, lenet5-wide, resnet20/32/56, vgg7, vgg16-bn; by data set if not given."""
     methods: tuple[str, ...] = methods.DEFAULT
     """Rows of the table."""
-    bits: tuple[int, ...] = (2,)
-    """Bit-widths, one row per method and width."""
+    bits: tuple[int, ...] | None = None
+    """Bit-widths, one row per method and width that it has; 2, or what is usual, if not given."""
     epochs: int | None = None
     """Epochs in full precision, and again for each row; by data set if not given."""
     batch_size: int | None = None
@@ -56,11 +56,11 @@ def resolve(settings: Settings) -> Settings:
         epochs=(4 if quick else 20 if small else 5) if settings.epochs is None else settings.epochs,
         batch_size=(32 if small else 128) if settings.batch_size is None else settings.batch_size,
     )
-    for name in filled.methods:
-        entry = methods.find(name)
-        for bits in filled.bits:
-            entry.plan(bits, 10)  # checks the width
-    if not filled.methods or not filled.bits:
+    found = {name: methods.find(name).chosen(filled.bits) for name in filled.methods}
+    for name, widths in found.items():
+        for bits in widths:
+            methods.find(name).plan(bits, 10)  # checks the width
+    if filled.bits == () or not any(found.values()):
         raise ValueError("nothing to compare: give at least one method and one width")
     for name in ("epochs", "batch_size"):
         if getattr(filled, name) < 1:
@@ -157,7 +157,7 @@ def rows(settings: Settings, tell: Callable = print) -> Iterator[Result]:
         entry = methods.find(name)
         start = trained if entry.pretrained else first
         steps = None
-        for bits in settings.bits:
+        for bits in entry.chosen(settings.bits):
             began = time.monotonic()
             plan = entry.plan(bits, total)
             outcome = full

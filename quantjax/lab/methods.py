@@ -8,18 +8,23 @@ from typing import NamedTuple
 import optax
 
 from quantjax.core import checks, paths
-from quantjax.core.quantizer import Quantizer, weights
+from quantjax.core.quantizer import Quantizer, chain, decay_mask, weights
 from quantjax.lab.engine import Method
 from quantjax.lab.names import nearest_name_error
 from quantjax.methods.alq import alq, alq_rounds, alq_state
+from quantjax.methods.focused import focused
 from quantjax.methods.multibit import multi_bit
+from quantjax.methods.pruning import magnitude, surgery
 from quantjax.methods.psg import psg, scale_by_position
-from quantjax.methods.uniform import uniform
+from quantjax.methods.uniform import uniform, zero
 
 # lambda_s by width, found on 300 held-out digits with three seeds (appendix G of the paper): the
 # largest that converged every time, with some room. The directional scale's needs no width.
 STRENGTHS = {2: 30.0, 3: 80.0, 4: 150.0}
 DIRECTIONAL_STRENGTH = 4.0
+DENSITY = 0.2  # of the pruned networks
+SPARSE_STRENGTH = 60.0  # lambda_s with the target zero
+WIDTHS = range(1, 17)  # that any method has
 
 
 class Plan(NamedTuple):
@@ -36,8 +41,22 @@ class Entry(NamedTuple):
     title: str
     plan: Callable  # (bits, total steps) -> Plan
     pretrained: bool = False  # starts from the full-precision network, not from its first weights
+    widths: range = range(2, 17)  # that it has
+    usual: int = 2  # the width of its row if none is asked for
     shared: bool = True  # one compiled step serves all widths
     by_default: bool = True  # in the comparison if no methods are named
+
+    def chosen(self, asked: tuple[int, ...] | None) -> tuple[int, ...]:
+        """Returns the widths of its rows: those asked for that it has; its own if it has but one.
+
+        Raises:
+          ValueError: a width that no method has.
+        """
+        for bits in asked or ():
+            _check_width(bits, WIDTHS)
+        if asked is None or len(self.widths) == 1:
+            return (self.usual,)
+        return tuple(bits for bits in asked if bits in self.widths)
 
 
 def full_precision(total: int) -> Method:
@@ -58,21 +77,45 @@ def _straight_through(bits, total):
 
 def _psg(bits, total, directional=False):
     # Hyperparameters in the state: one compiled step serves every width.
-    chain = optax.inject_hyperparams(psg)(
+    descent = optax.inject_hyperparams(psg)(
         optax.warmup_cosine_decay_schedule(0.0005, 0.01, total // 10, total),
         uniform(bits, momentum=0.1),
         strength=DIRECTIONAL_STRENGTH if directional else strength(bits),
         directional=directional,
         weight_decay=1e-4 if bits > 2 else 0.0,  # none at 2 bits (appendix C)
     )
-    return Plan(Method(chain), uniform(bits))
+    return Plan(Method(descent), uniform(bits))
 
 
 def _psg_adam(bits, total):
     # Adam divides by the size of the gradient: the strength cancels.
     scale = scale_by_position(uniform(bits, momentum=0.1), strength=1.0)
-    chain = optax.chain(scale, optax.adam(optax.cosine_decay_schedule(0.01, total)))
-    return Plan(Method(chain), uniform(bits))
+    descent = optax.chain(scale, optax.adam(optax.cosine_decay_schedule(0.01, total)))
+    return Plan(Method(descent), uniform(bits))
+
+
+def _pruned(bits, total):
+    _check_width(bits, METHODS["pruned"].widths)
+    quantizer = surgery(DENSITY, end=max(1, 3 * total // 4))
+    return Plan(Method(_momentum(optax.cosine_decay_schedule(0.01, total)), quantizer))
+
+
+def _focused(bits, total):
+    # Pruned in the first third, so that the last refits, of 1, 3, 7 and 15 sixteenths, see it.
+    quantizer = chain(
+        magnitude(DENSITY, end=max(1, total // 3), every=max(1, total // 50)),
+        focused(bits, refit_every=max(1, total // 16)),
+    )
+    decay = optax.add_decayed_weights(1e-4, mask=decay_mask)
+    rate = optax.cosine_decay_schedule(0.01, total)
+    return Plan(Method(optax.chain(decay, optax.sgd(rate, momentum=0.9)), quantizer))
+
+
+def _psg_sparse(bits, total):
+    rate = optax.warmup_cosine_decay_schedule(0.0005, 0.01, total // 10, total)
+    # No weight decay at a sparsity of 80 percent (table A7).
+    descent = psg(rate, zero(), strength=SPARSE_STRENGTH, weight_decay=0.0)
+    return Plan(Method(descent), chain(magnitude(DENSITY, across=True), focused(bits)))
 
 
 def _alq(bits, total, average=None):
@@ -120,11 +163,21 @@ METHODS = {
     "psg": Entry("PSG", _psg),
     "psg-directional": Entry("PSG, directional", lambda bits, total: _psg(bits, total, True)),
     "psg-adam": Entry("PSG with Adam", _psg_adam),
-    "alq": Entry("ALQ", _alq, pretrained=True, shared=False),
-    "alq-1": Entry("ALQ, 1 bit", partial(_alq, average=1), True, False, by_default=False),
-    "alq-0.5": Entry("ALQ, 0.5 bit", partial(_alq, average=0.5), True, False, by_default=False),
+    "pruned": Entry("pruned", _pruned, True, range(32, 33), 32),
+    "focused": Entry("pruned and focused", _focused, True, range(3, 9), 5),
+    "psg-sparse": Entry("PSG to zero, focused", _psg_sparse, True, range(3, 9), 5),
+    "alq": Entry("ALQ", _alq, True, range(1, 9), 2, shared=False),
+    "alq-0.5": Entry(
+        "ALQ, half a bit", partial(_alq, average=0.5), True, range(1, 2), 1, False, False
+    ),
 }
 DEFAULT = tuple(name for name, entry in METHODS.items() if entry.by_default)
+
+
+def _check_width(bits, widths: range):
+    if not (isinstance(bits, int) and bits in widths):
+        allowed = f"{widths[0]}..{widths[-1]}" if len(widths) > 1 else f"{widths[0]} alone"
+        raise ValueError(f"bits must be a whole number in {allowed}, got {bits!r}")
 
 
 def find(name: str) -> Entry:

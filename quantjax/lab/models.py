@@ -146,6 +146,25 @@ class ResNet18(nn.Module):
         return _logits(nn.Dense(self.classes, dtype=self.dtype)(x.mean(axis=(1, 2))))
 
 
+class VGG7(nn.Module):
+    """VGG-7 with batch norm: pairs of 128, 256 and 512 channels, 1024 units; images from 8x8."""
+
+    classes: int = 10
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        """Returns the logits [n, classes] of images [n, h, w, c]."""
+        for features in (128, 256, 512):
+            for _ in range(2):
+                x = _conv3x3(features, 1, self.dtype)(x)
+                x = nn.relu(_batch_norm(train, self.dtype)(x))
+            x = max_pool_2x2(x)
+        x = nn.Dense(1024, use_bias=False, dtype=self.dtype)(x.reshape(x.shape[0], -1))
+        x = nn.relu(_batch_norm(train, self.dtype)(x))
+        return _logits(nn.Dense(self.classes, dtype=self.dtype)(x))
+
+
 class VGG16BN(nn.Module):
     """VGG-16 with batch norm and one dense layer, for images from 32x32."""
 
@@ -191,6 +210,7 @@ MODELS = {
     "resnet20": partial(ResNet, 20),
     "resnet32": partial(ResNet, 32),
     "resnet56": partial(ResNet, 56),
+    "vgg7": VGG7,
     "vgg16-bn": VGG16BN,
     "vgg-small": VGGSmall,
 }

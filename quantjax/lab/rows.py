@@ -96,7 +96,7 @@ def cells_of(results):
     whole = all(float(result.bits).is_integer() for result in results)
     rows = []
     for r in results:
-        low = r.bits < 32
+        low = r.params is not r.encoded  # full precision ships as it is
         rows.append(
             [
                 r.title,

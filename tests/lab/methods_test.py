@@ -30,7 +30,9 @@ def layout(tree):
 def test_every_method_trains_and_ships_at_every_width(name, task):
     entry = methods.METHODS[name]
     steps, layouts, ends = None, [], {}
-    for bits in WIDTHS if entry.shared else WIDTHS[-1:]:
+    widths = entry.chosen(WIDTHS)
+    assert widths == (WIDTHS if 2 in entry.widths else {"pruned": (32,)}.get(name, (4, 3)))
+    for bits in widths if entry.shared else widths[-1:]:
         plan = entry.plan(bits, TOTAL)
         variables, state = toy_task.start(task), None
         if plan.method is not None:
@@ -58,10 +60,10 @@ def test_every_method_trains_and_ships_at_every_width(name, task):
     assert all(other == layouts[0] for other in layouts)
     assert steps.one._cache_size() == 1
     # The shared program holds nothing of the width that it was compiled for.
-    plan = entry.plan(WIDTHS[-1], TOTAL)
+    plan = entry.plan(widths[-1], TOTAL)
     own = fit(task, plan.method, engine.make_steps(task, plan.method))
     for a, b in zip(
-        jax.tree.leaves(own.variables), jax.tree.leaves(ends[WIDTHS[-1]].variables), strict=True
+        jax.tree.leaves(own.variables), jax.tree.leaves(ends[widths[-1]].variables), strict=True
     ):
         np.testing.assert_array_equal(a, b)
 
@@ -75,10 +77,25 @@ def test_widths_of_alq(bits):
 
 
 @pytest.mark.parametrize("name", [name for name, entry in methods.METHODS.items() if entry.shared])
-@pytest.mark.parametrize("bits", [1, 17])
+@pytest.mark.parametrize("bits", [0, 17])
 def test_widths_out_of_range(name, bits):
-    with pytest.raises(ValueError, match=rf"bits must be a whole number in 2\.\.16, got {bits}"):
-        methods.METHODS[name].plan(bits, TOTAL)
+    entry = methods.METHODS[name]
+    with pytest.raises(ValueError, match=rf"bits must be a whole number in .*, got {bits}"):
+        entry.plan(bits, TOTAL)
+    with pytest.raises(ValueError, match=rf"bits must be a whole number in 1\.\.16, got {bits}"):
+        entry.chosen((4, bits))
+    for allowed in entry.widths if len(entry.widths) > 1 else ():
+        assert entry.chosen((allowed,)) == (allowed,)
+
+
+def test_usual_widths():
+    usual = {name: entry.chosen(None) for name, entry in methods.METHODS.items()}
+    assert usual["psg"] == (2,)
+    assert usual["focused"] == usual["psg-sparse"] == (5,)
+    assert usual["pruned"] == (32,)
+    assert usual["alq"] == (2,)
+    assert usual["alq-0.5"] == (1,)
+    assert methods.METHODS["psg"].chosen((1, 4)) == (4,)
 
 
 def test_widths_change_what_is_trained():

@@ -1,0 +1,118 @@
+"""Focused Quantization of a net of ResNet-50's shapes: fit, assignment, quantization, idle updates.
+
+    python experiments/benchmarks/fq_speed.py [--density 0.2] [--repeats 5] [--write]
+
+25.5 million random weights, pruned by magnitude, layer by layer. Compilation is timed apart.
+`--write` leaves the record in experiments/results/benchmarks/.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import quantjax as qj
+from quantjax.lab.recipes import versions
+
+BARS = {"fitted, assigned and quantized, s": 20.0, "idle update, ms per million weights": 1.0}
+STAGES = ((64, 3, 256), (128, 4, 512), (256, 6, 1024), (512, 3, 2048))
+
+
+def shapes():
+    """Returns {path: shape} of ResNet-50's kernels, for ImageNet."""
+    found = [(7, 7, 3, 64)]
+    before = 64
+    for narrow, blocks, wide in STAGES:
+        for block in range(blocks):
+            found += [(1, 1, before, narrow), (3, 3, narrow, narrow), (1, 1, narrow, wide)]
+            found += [(1, 1, before, wide)] if block == 0 else []
+            before = wide
+    named = {f"Conv_{i}/kernel": shape for i, shape in enumerate(found)}
+    return named | {"Dense_0/kernel": (2048, 1000)}
+
+
+def timed(fn, *args, repeats=1):
+    """Returns (result, median seconds) of calls that are compiled already."""
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        out = jax.block_until_ready(fn(*args))
+        times.append(time.perf_counter() - began)
+    return out, float(np.median(times))
+
+
+def compiled(fn, *args, **options):
+    """Returns (program, seconds that compiling took)."""
+    began = time.perf_counter()
+    program = jax.jit(fn, **options).lower(*args).compile()
+    return program, time.perf_counter() - began
+
+
+def main():
+    """Times the parts and prints them beside their bars."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--density", type=float, default=0.2)
+    parser.add_argument("--bits", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+
+    rng = np.random.default_rng(0)
+    params = {
+        path: jnp.asarray(rng.normal(size=shape) * np.sqrt(2 / np.prod(shape[:-1])), jnp.float32)
+        for path, shape in shapes().items()
+    }
+    total = sum(leaf.size for leaf in params.values())
+    key = jax.random.key(0)
+    prune = qj.magnitude(arguments.density)
+    quantizer = qj.focused(arguments.bits, refit_every=1000)
+    plain = qj.focused(arguments.bits)
+    seconds, compiling = {}, {}
+
+    program, compiling["prune"] = compiled(lambda p: prune.apply(p, prune.init(p)), params)
+    sparse, seconds["prune (not in the sum)"] = timed(program, params)
+    # `init` compiles what it needs at its first call.
+    _, first = timed(quantizer.init, sparse, key)
+    state, again = timed(quantizer.init, sparse, key, repeats=arguments.repeats)
+    seconds["fit and assign"], compiling["fit and assign"] = again, first - again
+    program, compiling["quantize"] = compiled(plain.apply, sparse, state)
+    _, seconds["quantize"] = timed(program, sparse, state, repeats=arguments.repeats)
+
+    program, compiling["update"] = compiled(quantizer.update, sparse, state, donate_argnums=1)
+    idle = []
+    state = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+    for _ in range(20):
+        state, took = timed(program, sparse, state)
+        idle.append(took)
+    assert int(state.buffers["Conv_0/kernel"]["count"]) == 20  # nothing was due
+    recentred = sum(bool(jnp.all(mine["recentred"])) for mine in state.buffers.values())
+
+    work = seconds["fit and assign"] + seconds["quantize"]
+    record = {
+        "benchmark": "focused quantization of ResNet-50's shapes",
+        "weights": total,
+        "layers": len(params),
+        "density": arguments.density,
+        "bits": arguments.bits,
+        "recentred layers": recentred,
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "seconds of compilation": {name: round(value, 1) for name, value in compiling.items()},
+        "fitted, assigned and quantized, s": round(work, 3),
+        "idle update, ms per million weights": round(1e9 * np.median(idle) / total, 4),
+        "bars": BARS,
+        "device": jax.devices()[0].device_kind,
+        "versions": versions(),
+    }
+    print(json.dumps(record, indent=1))
+    if arguments.write:
+        folder = Path(__file__).parents[1] / "results" / "benchmarks"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "fq_speed.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

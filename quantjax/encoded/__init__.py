@@ -1,0 +1,1 @@
+"""What ships: it knows `quantjax.core` only, and learns of a method from the encoded leaf."""

@@ -1,0 +1,283 @@
+"""Focused Quantization: pruned networks on powers of two, recentred on the modes of the weights.
+
+A pruned layer's weights form two modes. Each gets a grid of powers of two around its mean, fine
+where its weights are; a layer with one mode gets powers of two around zero. Either way there are
+2**bits - 1 symbols: zero, then the levels of c-, then those of c+ (which are the negative and the
+positive ones of a layer with one mode). FQ n is a number in the notes to the paper.
+"""
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from quantjax.core import order, paths, qarray
+from quantjax.core.quantizer import Quantizer, leafwise
+from quantjax.methods import mixture as mixture_lib
+from quantjax.methods import shift
+from quantjax.methods.mixture import Mixture, assign, fit_mixture, separation
+from quantjax.methods.shift import focused_levels, shift_levels
+
+__all__ = [
+    "Mixture",
+    "assign",
+    "fit_mixture",
+    "focused",
+    "focused_levels",
+    "separation",
+    "shift_levels",
+]
+
+FEWEST = 16  # non-zero weights that a mixture is fitted to
+CANDIDATES = tuple(range(-3, 4))  # beside the overflow rule's bias, with bias="error"
+
+
+def focused(
+    bits: int,
+    *,
+    min_separation: float = 2.0,
+    refit_every: int | None = None,
+    bias: str = "overflow",
+) -> Quantizer:
+    """Quantizes pruned weights to a layer's own powers of two, recentred where it has two modes.
+
+    A weight that is zero stays zero and gets no gradient; another one never becomes zero by the
+    choice of its level. Forward alpha * level, levels chosen for the weight itself; backward
+    dQ/dw = 1, dQ/dalpha = Q / alpha (FQ 3, 7). `init` fits a mixture and gives each weight its
+    component, at random where it has a key; they stay until the next fit. Layers with fewer than
+    16 non-zero weights, or with those of one sign only, or all equal, are not recentred.
+
+    Learned: alpha, one per leaf. Buffers: component (int8, -1, 1, or 0: by value), border and
+    inside (where c+ is the likelier, for 0), mean and std (c-, c+; std a power of two), bias,
+    recentred, limit = 2**(bits-1) - 1 levels per component, count and wait (steps since the last
+    fit and between fits).
+
+    Args:
+      bits: 3..8; 2, too, with an infinite min_separation.
+      min_separation: the least Wasserstein separation that is recentred (FQ 7); `math.inf` for
+        plain shift quantization of every layer.
+      refit_every: N: `update` fits anew N steps after `init`, then 2N steps later, then 4N, ...
+        (algorithm 1); None: never.
+      bias: "overflow": the largest with at most a share 2**-(bits+1) of the weights beyond the
+        largest level (FQ 6); "error": of the least squared error among its neighbours.
+
+    Raises:
+      ValueError: an argument outside its range.
+    """
+    least = 2 if min_separation == np.inf else 3
+    if not (isinstance(bits, int) and not isinstance(bits, bool) and least <= bits <= 8):
+        raise ValueError(f"bits must be a whole number in {least}..8, got {bits!r}")
+    if not min_separation >= 0:
+        raise ValueError(f"min_separation must not be negative, got {min_separation!r}")
+    if refit_every is not None and not (isinstance(refit_every, int) and refit_every >= 1):
+        raise ValueError(f"refit_every must be a whole number of steps, got {refit_every!r}")
+    if bias not in ("overflow", "error"):
+        raise ValueError(f'bias must be "overflow" or "error", got {bias!r}')
+
+    def fit(leaves, buffers, key):
+        return _fit(
+            leaves,
+            {path: mine["limit"] for path, mine in buffers.items()},
+            {path: paths.leaf_key(key, path) for path in leaves},
+            groups=_alike(leaves),
+            min_separation=min_separation,
+            search=bias == "error",
+        )
+
+    def start(path, leaf, key):
+        del path, key
+        alpha = jnp.ones((1,) * leaf.ndim, jnp.float32)
+        return {"alpha": alpha}, {
+            "limit": jnp.full_like(alpha, 2 ** (bits - 1) - 1, jnp.int32),
+            "count": jnp.zeros((), jnp.int32),
+            "wait": jnp.asarray(refit_every or 0, jnp.int32),
+        }
+
+    base = leafwise(start, _apply, _encode)
+
+    def init(params, key=None):
+        state = base.init(params, key)
+        leaves = paths.restrict(paths.flatten(params)[0], state.buffers)
+        fitted = fit(leaves, state.buffers, key)
+        buffers = {path: mine | fitted[path] for path, mine in state.buffers.items()}
+        return state._replace(buffers=buffers)
+
+    def update(params, state, *, key=None):
+        leaves = paths.restrict(paths.flatten(params)[0], state.buffers)
+        buffers = {
+            path: {**mine, "count": mine["count"] + 1} for path, mine in state.buffers.items()
+        }
+        due = {path: mine["count"] >= mine["wait"] for path, mine in buffers.items()}
+
+        def refit(buffers):
+            out = {}
+            for path, new in fit(leaves, buffers, key).items():
+                old = buffers[path]
+                wait = old["wait"]
+                new |= {"limit": old["limit"], "count": jnp.zeros_like(wait), "wait": 2 * wait}
+                out[path] = jax.tree.map(functools.partial(jnp.where, due[path]), new, old)
+            return out
+
+        any_due = functools.reduce(jnp.logical_or, due.values())
+        return state._replace(buffers=lax.cond(any_due, refit, lambda old: old, buffers))
+
+    moving = {} if refit_every is None else {"update": update}
+    return base._replace(init=init, **moving)
+
+
+@jax.custom_jvp
+def _quantize(x, alpha, buffers):
+    value = shift.level(shift.choose(x, buffers), buffers) * alpha
+    return jnp.where(jnp.isnan(x), x, value)
+
+
+@_quantize.defjvp
+def _quantize_jvp(primals, tangents):
+    x, alpha, buffers = primals
+    dx, dalpha = tangents[:2]
+    # dQ/dw = z and dQ/dalpha = Q / alpha (FQ 7).
+    value = shift.level(shift.choose(x, buffers), buffers)
+    return _quantize(x, alpha, buffers), jnp.where(shift.alive(x), dx, 0) + value * dalpha
+
+
+def _apply(leaf, learned, buffers, key):
+    del key
+    _check_fits(leaf, buffers)
+    return _quantize(leaf.astype(jnp.float32), learned["alpha"], buffers).astype(leaf.dtype)
+
+
+def _encode(leaf, learned, buffers):
+    _check_fits(leaf, buffers)
+    bits = int(np.max(buffers["limit"]) + 1).bit_length()
+    codes, levels = _symbols(leaf, learned["alpha"], buffers, bits)
+    return qarray.Table(codes, levels, bits=bits, dtype=leaf.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _symbols(leaf, alpha, buffers, bits):
+    """Returns the symbol of every weight and their levels: zero, then those of c- and of c+."""
+    limit = buffers["limit"]
+    choice, span = shift.choose(leaf, buffers), shift.exponents(buffers)
+    lowest, largest = (shift.of_component(choice.positive, ends) for ends in span[:2])
+    above = largest - lowest + 1 + choice.exponent - lowest
+    rank = jnp.where(choice.below, largest - choice.exponent, above)
+    symbol = 1 + jnp.where(choice.positive, limit, 0) + rank
+    codes = jnp.where(choice.alive, symbol, 0).astype(qarray.code_dtype(bits, signed=False))
+    table = shift.table(buffers, bits)
+    zero = jnp.zeros_like(table[0][..., :1])
+    levels = jnp.concatenate([zero, *table, zero], axis=-1)  # the last is no symbol
+    return codes, levels * alpha[..., None]
+
+
+@functools.partial(jax.jit, static_argnames=("groups", "search"))
+def _fit(leaves, limits, keys, *, groups, min_separation, search) -> dict:
+    """Returns what a fit writes into the buffers of every leaf; all mixtures in one loop."""
+    stacked = [
+        jax.tree.map(
+            lambda *parts: jnp.stack(parts), *((leaves[p], limits[p], keys[p]) for p in group)
+        )
+        for group in groups
+    ]
+    hists = [jax.vmap(mixture_lib.histogram)(leaf) for leaf, _, _ in stacked]
+    hists = jax.tree.map(lambda *parts: jnp.concatenate(parts), *hists)
+    mixtures, moments = mixture_lib.fit(hists), mixture_lib.moments(hists)
+    two_modes = mixture_lib.separation(mixtures, moments.variance) >= min_separation
+    two_modes &= (moments.count >= FEWEST) & (moments.variance > 0)
+    two_modes &= (moments.negative > 0) & (moments.negative < moments.count)
+    layers = mixtures, two_modes, *mixture_lib.regions(mixtures)
+    one, out, done = functools.partial(_fit_leaf, search=search), {}, 0
+    for group, members in zip(groups, stacked, strict=True):
+        rows = slice(done, done + len(group))
+        mine = jax.tree.map(lambda part, rows=rows: part[rows], layers)
+        fitted = jax.vmap(one)(*members, *mine)
+        done = rows.stop
+        for i, path in enumerate(group):
+            out[path] = jax.tree.map(lambda part, i=i: part[i], fitted)
+    return out
+
+
+def _alike(leaves: Mapping) -> tuple:
+    """Returns groups of paths whose leaves are fitted stacked, which saves most of compiling.
+
+    Inside jit a leaf's sharding is not known, and stacking could gather it: each is a group.
+    """
+    groups = {}
+    for path, leaf in leaves.items():
+        concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+        kind = (leaf.shape, leaf.dtype, leaf.sharding) if concrete else path
+        groups.setdefault(kind, []).append(path)
+    return tuple(tuple(group) for group in groups.values())
+
+
+def _fit_leaf(leaf, limit, key, mixture, two_modes, border, inside, *, search):
+    recentred = two_modes & jnp.squeeze(limit >= 3)
+    component = mixture_lib.assign(key, leaf, mixture)
+    mine = {
+        # One mode: c+ is what lies outside of the negative numbers.
+        "border": jnp.where(recentred, border, jnp.asarray([-jnp.finfo(jnp.float32).max, 0])),
+        "inside": recentred & inside,
+        "mean": jnp.where(recentred, _narrow(mixture.mean, leaf.dtype), 0),
+        "std": jnp.where(recentred, shift.power_of_two(mixture.std), 1),
+        "recentred": recentred,
+    }
+    mine = {name: part.reshape((1,) * leaf.ndim + part.shape) for name, part in mine.items()}
+    mine["component"] = jnp.where(recentred & shift.alive(leaf), component, 0).astype(jnp.int8)
+    return _with_bias(leaf, {**mine, "limit": limit}, search)
+
+
+def _with_bias(leaf, mine, search):
+    """Returns the buffers with the bias (FQ 6) and with means that are exact beside its levels."""
+    x = leaf.astype(jnp.float32)
+    alive = shift.alive(x)
+    positive = shift.choose(x, {**mine, "bias": jnp.zeros_like(mine["limit"])}).positive
+    mean, std = (shift.of_component(positive, mine[name]) for name in ("mean", "std"))
+    value = (x - mean) / std
+    # The smallest k with |v| <= 2**k, as a key that orders; 0 for what is pruned.
+    key = jnp.where(alive, order.magnitude_keys(value) + ((1 << 23) - 1) >> 23, 0)
+    count = jnp.sum(alive).astype(jnp.int32)
+    allowed = count // (4 * (jnp.squeeze(mine["limit"]) + 1))
+    largest = order.kth_largest(lambda t: jnp.sum(key >= t), allowed + 1, jnp.int32, bits=8)
+    top = jnp.where(count > 0, largest - 127, 0)
+    limit = mine["limit"]
+    bias = jnp.where(mine["recentred"], (limit - 1) // 2, limit) - top
+
+    def finish(bias):
+        new = {**mine, "bias": bias}
+        new["mean"] = jnp.where(
+            mine["recentred"][..., None], _exact(mine["mean"], shift.exponents(new)), 0
+        )
+        return new
+
+    if search:
+
+        def error(offset):
+            new = finish(bias + offset)
+            return jnp.sum((shift.level(shift.choose(x, new), new) - jnp.where(alive, x, 0)) ** 2)
+
+        offsets = jnp.asarray(CANDIDATES)
+        bias += offsets[jnp.argmin(lax.map(error, offsets))]
+    return {name: part for name, part in finish(bias).items() if name != "limit"}
+
+
+def _exact(mean, span: shift.Range):
+    """Returns the means, rounded so that mean +- 2**exponent is a float32 number in 3..6 bits."""
+    top = jnp.maximum(span.below, span.above)
+    unit = shift.exp2(jnp.maximum(shift.exponent_of(mean), top) - 22)
+    return jnp.round(mean / unit) * unit
+
+
+def _narrow(mean, dtype):
+    """Returns the means as numbers of the leaf's dtype: levels are then their own nearest."""
+    info = jnp.finfo(dtype)
+    return lax.reduce_precision(mean, min(info.nexp, 8), min(info.nmant, 23))
+
+
+def _check_fits(leaf, buffers):
+    if buffers["component"].shape != leaf.shape:
+        raise ValueError(
+            f"the state was made for another tree: components {buffers['component'].shape}, "
+            f"leaf {leaf.shape}"
+        )
