@@ -87,7 +87,9 @@ class Grids(NamedTuple):
 
     def _adamw(self):
         warm = max(1, self.steps // 20)
-        rate = optax.warmup_cosine_decay_schedule(self.rate / 10, self.rate, warm, self.steps)
+        rate = optax.warmup_cosine_decay_schedule(
+            self.rate / 10, self.rate, warm, max(self.steps, warm + 1)
+        )
         descend = optax.adamw(rate, weight_decay=self.weight_decay, mask=qj.decay_mask)
         return optax.chain(descend, faster_masks())
 
