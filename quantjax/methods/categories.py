@@ -135,14 +135,15 @@ def mode(t, s, code, low, high) -> Estimate:
 
 def masked_mode(t, s, cells: Cells, masks):
     """Returns the code of largest mask times mass; masks: [1 + count, *group]."""
-    return _best(t, s, cells, masks, _distance(t, cells, masks))
+    return _best(t, s, cells, masks, _nearest(t, cells, masks)[0])
 
 
 def masked_mode_estimate(t, s, cells: Cells, masks):
     """Returns `masked_mode` under eq. 3, and (cotangent -> cotangents of the masks)."""
-    shift = _distance(t, cells, masks)
+    shift, _ = _nearest(t, cells, masks)
     code = _kept(_best(t, s, cells, masks, shift))
-    ((total, _, slope, moment),) = _kept(_sums(t, s, cells, (masks[cells.mask],), shift))
+    _, jump = _beside(masks[cells.mask])
+    ((total, _, slope, moment),) = _kept(_sums(t, s, cells, (lambda i: jump[i],), shift))
     a, b = _edge(t - code + 0.5, s, shift), _edge(t - code - 0.5, s, shift)
     beside = _choose(b.u > 0, b.near, _choose(a.u < 0, a.near, 1))
     unmasked_share = -jnp.expm1(-s) * beside * a.inverse * b.inverse / total
@@ -174,7 +175,7 @@ def masked_mode_estimate(t, s, cells: Cells, masks):
 def expectation(t, s, low, high) -> Estimate:
     """The mean of all categories low .. high, sum_i r_i n_i; low and high may be traced."""
     shift = jnp.abs(t - jnp.clip(t, low - 0.5, high + 0.5))
-    code = _holding(t, low, high)
+    code = jnp.clip(jnp.ceil(t - 0.5), low, high)
     left = _parts(_edge(t - low + 0.5, s, shift))
     right = _parts(_edge(t - high - 0.5, s, shift))
 
@@ -192,12 +193,14 @@ def expectation(t, s, low, high) -> Estimate:
 
 def masked_expectation(t, s, cells: Cells, masks):
     """Returns the mean of all masked categories, and (cotangent -> cotangents of the masks)."""
-    shift = _distance(t, cells, masks)
-    code = _holding(t, cells.low[0], cells.high[-1])
-    z = masks[cells.mask]
-    nz = z * cells.low.reshape(-1, *[1] * (z.ndim - 1))
-    total, first = _kept(_sums(t, s, cells, (z, nz), shift))
-    first = tuple(a - code * b for a, b in zip(first, total, strict=True))
+    shift, code = _nearest(t, cells, masks)
+    cells = _codes(cells)
+    right, jump = _beside(masks[cells.mask])
+
+    def first_jump(i):  # of z (n - code): formed from the distance, since z n and z code cancel
+        return jump[i] * (i + float(cells.low[0] - 1) - code) - right[i]
+
+    total, first = _kept(_sums(t, s, cells, (lambda i: jump[i], first_jump), shift))
     estimate = _mean(s, code, total, first)
 
     def to_masks(cotangent):
@@ -232,15 +235,11 @@ def _parts(edge):
     return edge.mass, edge.tail, slope, edge.u * slope
 
 
-def _holding(t, low, high):
-    """The code whose cell holds t, the nearest one beyond low .. high."""
-    return jnp.clip(jnp.ceil(t - 0.5), low, high)
-
-
 def _mean(s, code, total, first) -> Estimate:
-    """From the `_parts` of sum_i r_i and of sum_i r_i (n_i - code), the code holding t.
+    """From the `_parts` of sum_i r_i and of sum_i r_i (n_i - code), the code whose cell holds t.
 
-    The limits of F add up to 0 in the latter: its tails are all of it, and nothing cancels.
+    The limits of F add up to 0 in the latter: its tails are all of it, and nothing cancels. Beyond
+    the grid, or in a cell that a mask removes, it is the nearest code.
     """
     mass, _, slope, moment = total
     _, tail, first_slope, first_moment = first
@@ -256,15 +255,23 @@ def _width_term(s, width):
     return s * width / jnp.expm1(s * width)
 
 
-def _distance(t, cells, masks):
-    """How far the nearest cell is that no mask removes."""
+def _nearest(t, cells, masks):
+    """How far the nearest code is that no mask removes, and that code: the left one of two."""
+    held = jnp.ceil(t - 0.5)
 
     def visit(i, least):
         cell, z = _at(cells, masks, i)
         distance = jnp.abs(t - jnp.clip(t, cell.low - 0.5, cell.high + 0.5))
-        return jnp.where(z > 0, jnp.minimum(least, distance), least)
+        mine = distance, jnp.clip(held, cell.low, cell.high)
+        return _choose((z > 0) & (distance < least[0]), mine, least)
 
-    return _loop(len(cells.low), visit, jnp.full_like(t, jnp.inf))
+    return _loop(len(cells.low), visit, (jnp.full_like(t, jnp.inf), jnp.zeros_like(t)))
+
+
+def _codes(cells):
+    """The same with every code in a cell of its own."""
+    codes = np.arange(cells.low[0], cells.high[-1] + 1, dtype=cells.low.dtype)
+    return Cells(codes, codes, np.repeat(cells.mask, cells.high - cells.low + 1))
 
 
 def _best(t, s, cells, masks, shift):
@@ -290,25 +297,30 @@ def _choose(condition, these, those):
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), these, those)
 
 
-def _sums(t, s, cells, weights, shift):
-    """Sums of masses and of their two slopes, weighted by cell: `_parts` for each of `weights`."""
+def _beside(z):
+    """The masks right of every edge, and how much larger those left of it are."""
+    end = jnp.zeros_like(z[:1])
+    right = jnp.concatenate([z, end])
+    return right, jnp.concatenate([end, z]) - right
+
+
+def _sums(t, s, cells, jumps, shift):
+    """Sums over edges of `_parts`, once for each of `jumps`, functions of the edge's index.
+
+    An edge counts for the cell left of it and against the one right of it.
+    """
     edges = np.append(cells.low[0] - 0.5, cells.high + 0.5)
-    # An edge counts for the cell left of it and against the one right of it.
-    ends = [jnp.zeros_like(w[:1]) for w in weights]
-    jumps = [
-        jnp.concatenate([end, w]) - jnp.concatenate([w, end])
-        for end, w in zip(ends, weights, strict=True)
-    ]
 
     def add(i, sums):
         edge = edges[i] if isinstance(i, int) else jnp.asarray(edges, t.dtype)[i]
         parts = _parts(_edge(t - edge, s, shift))
-        return tuple(
-            tuple(total + jump[i] * part for total, part in zip(mine, parts, strict=True))
-            for mine, jump in zip(sums, jumps, strict=True)
-        )
+        out = []
+        for mine, jump in zip(sums, jumps, strict=True):
+            weight = jump(i)
+            out.append(tuple(a + weight * part for a, part in zip(mine, parts, strict=True)))
+        return tuple(out)
 
-    return _loop(len(edges), add, ((jnp.zeros_like(t),) * 4,) * len(weights))
+    return _loop(len(edges), add, ((jnp.zeros_like(t),) * 4,) * len(jumps))
 
 
 def _over_masks(t, s, cells, masks, shift, of_cell):

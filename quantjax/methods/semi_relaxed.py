@@ -238,7 +238,7 @@ def on_grid(x, alpha, sigma, low, high, estimator):
 
 def on_masked_grid(x, alpha, sigma, masks, bits, estimator):
     """As `quantize` with masks."""
-    cells = bit_masks.cells(bits, masks.shape[-1] if masks.ndim else 0, estimator == "expectation")
+    cells = bit_masks.cells(bits, masks.shape[-1] if masks.ndim else 0)
     return _quantize(x, alpha, sigma, masks, None, cells, estimator)
 
 
