@@ -204,10 +204,10 @@ def masked_expectation(t, s, cells: Cells, masks):
     estimate = _mean(s, code, total, first)
 
     def to_masks(cotangent):
-        weight, value = _kept((cotangent / total[0], estimate.value))
+        weight, offset = _kept((cotangent / total[0], first[1] / total[0]))
 
         def of_cell(cell, mass):
-            return weight * (cell.low - value) * mass
+            return weight * (cell.low - code - offset) * mass
 
         return _over_masks(t, s, cells, masks, shift, of_cell)
 
