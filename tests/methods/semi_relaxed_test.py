@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -105,3 +106,25 @@ def test_closed_form_is_brute_force(config, seed, alpha, ratio, reach):
             error = np.max(np.abs(got - want), initial=0)
             bound = tolerance * max(largest, 1) if dtype == "float64" else tolerance * largest
             assert error <= bound, (name, dtype, error, largest)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize(("bits", "kind"), [(2, "none"), (8, "none"), (4, "levels"), (3, "ends")])
+def test_far_from_the_grid_all_is_finite(bits, kind, estimator, dtype):
+    alpha = 0.125
+    near = np.linspace(-(2.0**bits), 2.0**bits, 41)
+    far = np.outer([-1, 1], [3e2, 1e3, 1e4]).ravel()
+    x = jnp.asarray(alpha * np.concatenate([near, far, near[:1]]), dtype)
+    run = program(bits, True, kind, estimator)
+    for ratio in (0.01, 0.1, 1.0, 10.0):
+        for z in ([0.0], [1.0], [1e-6, 0.5, 0.0]):
+            masks = jnp.asarray(np.resize(z, COUNT[kind](bits)), jnp.float32)
+            sigma = jnp.float32(alpha * ratio)
+            value, *cotangents = run(x, jnp.float32(alpha), sigma, masks, jnp.ones_like(x))
+            assert value.dtype == cotangents[0].dtype == dtype
+            for part in (value, *cotangents):
+                assert bool(jnp.all(jnp.isfinite(part)))
+            codes = np.asarray(value, np.float64) / alpha
+            if kind == "none":  # the ends of the grid
+                assert (codes[-2], codes[-5]) == (2 ** (bits - 1) - 1, -(2 ** (bits - 1)))

@@ -139,6 +139,32 @@ def test_the_width_is_frozen_after_so_many_updates():
         assert set(np.unique(of(apply(params, state, key=jax.random.key(k))))) <= set(range(-4, 4))
 
 
+def test_the_twin_of_learned_widths():
+    """`with_widths`: fixed from the start, as far as the grid reached; masks keep to the width."""
+    quantizer = qj.srq(4, learn_bits=True, freeze_after=0)
+    params = dense_grid(4)
+    first = quantizer.init(params)
+    for width, most in ((1, 1), (2, 1), (3, 3), (4, 7)):
+        state = semi_relaxed.with_widths(first, 4, {PATH: width})
+        state = quantizer.update(params, state)
+        assert semi_relaxed.widths(state) == {PATH: width}
+        grids = [np.exp(s.learned[PATH]["log_alpha"]).item() for s in (first, state)]
+        assert grids[1] * most == pytest.approx(grids[0] * 7, rel=1e-5)
+        assert float(quantizer.penalty(state, key=jax.random.key(0))) == 0
+        wide = tree(2 * of(params))
+        codes = np.unique(np.round(of(quantizer.apply(wide, state)) / grids[1])).tolist()
+        assert (codes[0], codes[-1]) == ((-1, 1) if width == 1 else (-most - 1, most))
+        noisy = of(quantizer.apply(wide, state, key=jax.random.key(1))) / grids[1]
+        assert codes[0] <= np.round(noisy).min()
+        assert np.round(noisy).max() <= codes[-1]
+    with pytest.raises(ValueError, match=rf"{PATH}: width must be in 1\.\.4, got 5"):
+        semi_relaxed.with_widths(first, 4, {PATH: 5})
+    with pytest.raises(ValueError, match="widths of"):
+        semi_relaxed.with_widths(first, 4, {"Dense_1/kernel": 2})
+    with pytest.raises(ValueError, match="widths of"):
+        semi_relaxed.with_widths(qj.srq(4).init(params), 4, {PATH: 2})
+
+
 def test_without_learned_bits_the_width_stays():
     params = dense_grid(4)
     quantizer = qj.srq(4, dropbits=True)
@@ -167,7 +193,7 @@ def test_weights_grids_and_masks_train_together():
     y = x @ wanted
     quantizer = qj.srq(3, learn_bits=True, freeze_after=200, penalty=0.3, estimator="expectation")
     params = tree(wanted + rng.normal(size=wanted.shape) * 0.1)
-    state = quantizer.init(params, jax.random.key(0))
+    state = at(quantizer.init(params, jax.random.key(0)), alpha=0.6, sigma=0.2)
     tx = optax.adam(0.02)
 
     @jax.jit
