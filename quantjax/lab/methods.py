@@ -11,7 +11,8 @@ from quantjax.core import checks, paths
 from quantjax.core.quantizer import Quantizer, chain, decay_mask, weights
 from quantjax.lab.engine import Method
 from quantjax.lab.names import nearest_name_error
-from quantjax.methods.alq import alq, alq_rounds, alq_state
+from quantjax.methods.alq import alq, alq_state
+from quantjax.methods.alq_schedule import alq_rounds
 from quantjax.methods.focused import focused
 from quantjax.methods.multibit import multi_bit
 from quantjax.methods.pruning import magnitude, surgery

@@ -12,6 +12,7 @@ import quantjax as qj
 from quantjax.methods import alq_steps as steps
 from quantjax.methods.amsgrad import Moments
 from quantjax.methods.multibit import from_multi_bit
+from tests import quick
 from tests.methods import golden
 
 LAYERS = ("convK", "convP", "convC", "fc1", "fc2")
@@ -162,7 +163,7 @@ def check(arrays, layer, k, mb, moments):
 
 @functools.cache
 def jitted(name, **fixed):
-    return jax.jit(functools.partial(getattr(steps, name), **fixed))
+    return quick.jit(functools.partial(getattr(steps, name), **fixed))
 
 
 def one_step(arrays, layer, k):
