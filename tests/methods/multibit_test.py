@@ -81,7 +81,7 @@ def close(actual, desired, dtype):
     )
 
 
-@pytest.mark.parametrize("bits", [2, 6])
+@pytest.mark.parametrize("bits", [2, 4, 6])
 @pytest.mark.parametrize("layer", STRUCTURES)
 def test_golden_sketches_of_layers(layer, bits, dtype):
     arrays = golden.load("alq_sketch_f64.npz")
@@ -314,6 +314,12 @@ def test_bad_state_and_data():
     state = quantizer.init({"kernel": jnp.ones((8, 4))})
     with pytest.raises(ValueError, match="another tree"):
         quantizer.apply({"kernel": jnp.ones((8, 5))}, state)
+    for strange in (jnp.ones((8, 4), int), jnp.ones((8, 0))):
+        with pytest.raises(ValueError, match="needs floats"):
+            qj.sketch(strange, 2, -2)
+    for axes in (None, 1.0, np.int64(-2)):
+        with pytest.raises(ValueError, match="counted from the end"):
+            qj.multi_bit(2, axes)
     with pytest.raises(ValueError, match="NaN"):
         qj.sketch(jnp.full((8, 4), jnp.nan), 2, -2)
     with pytest.raises(ValueError, match=r"kernel: .*NaN"):
