@@ -120,10 +120,10 @@ def _psg_sparse(bits, total):
 
 
 def _alq(bits, total, average=None):
-    # Twice the bits to begin with, or six, pruned to the average in three rounds.
+    # A bit more to begin with, pruned to the average in three rounds. More of them cost compilation.
     checks.bits(bits, most=8)
     target = bits if average is None else average
-    start = max(math.ceil(target), min(6, 2 * math.ceil(target)))
+    start = max(math.ceil(target), min(6, 1 + math.ceil(target)))
     rounds = 3 if total >= 12 else 1
     schedule = alq_rounds(
         max(1, total // (4 * rounds)),
