@@ -120,7 +120,7 @@ def _psg_sparse(bits, total):
 
 
 def _alq(bits, total, average=None):
-    # A bit more to begin with, pruned to the average in three rounds. More of them cost compilation.
+    # A bit more to begin with, pruned to the average in three rounds; bases cost compilation.
     checks.bits(bits, most=8)
     target = bits if average is None else average
     start = max(math.ceil(target), min(6, 1 + math.ceil(target)))
