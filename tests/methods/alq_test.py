@@ -343,11 +343,13 @@ def test_bad_trees():
         qj.alq_params(state, {"Conv_0": kernels["Conv_0"]})
 
 
-def test_only_increments_are_gathered_in_pruning():
+@pytest.mark.parametrize("spec", [(None, "d"), ("d", None)])
+def test_only_increments_are_gathered_over_devices(spec):
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "d"))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
     params = {"kernel": jax.device_put(make_weights((64, 16)), place)}
-    tx = qj.alq(qj.multi_bit(2, -2), [qj.Phase("prune", 3, 1e-3, 0.5)])
+    kinds = ("prune", "basis", "coordinate", "ste-loss-aware", "ste-reconstruction")
+    tx = qj.alq(qj.multi_bit(2, -2), [qj.Phase(kind, 3, 1e-3, 0.5) for kind in kinds])
     state = tx.init(params)
     compiled = quick.jit(tx.update).lower(params, state, params).compile()
     text = compiled.as_text()
@@ -357,6 +359,7 @@ def test_only_increments_are_gathered_in_pruning():
         assert np.prod([int(n) for n in shape]) <= 16 * 2, line
     alone = jax.tree.map(np.asarray, params)
     moved, _ = compiled(params, state, params)
+    assert moved["kernel"].sharding.is_equivalent_to(place, 2)
     expected, _ = quick.jit(tx.update)(alone, tx.init(alone), alone)
     np.testing.assert_allclose(moved["kernel"], expected["kernel"], atol=1e-6)
 
