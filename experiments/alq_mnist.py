@@ -1,4 +1,4 @@
-"""ALQ on MNIST: LeNet-5 (20-50-500) below half a bit per weight, on a CPU in a quarter of an hour.
+"""ALQ on MNIST: LeNet-5 (20-50-500) below half a bit per weight, on a CPU in under half an hour.
 
 Structures as in appendix C.1 (kernelwise, kernelwise, subchannelwise(2), channelwise); 55,000
 training images, and 5,000 for the choice of the epoch. The schedule is shorter than the 180
