@@ -13,7 +13,8 @@ from quantjax.core.quantizer import (
     partition,
 )
 from quantjax.core.summary import summary
-from quantjax.methods.alq import Phase, alq, alq_params, alq_rounds, alq_state
+from quantjax.methods.alq import alq, alq_params, alq_state
+from quantjax.methods.alq_schedule import Phase, alq_rounds
 from quantjax.methods.amsgrad import projected_amsgrad
 from quantjax.methods.focused import focused
 from quantjax.methods.multibit import average_bits, multi_bit, sketch, storage_bits

@@ -148,15 +148,16 @@ def make(
     )
 
 
-def mnist(context: Context, seed: int) -> Protocol:
+def mnist(context: Context, seed: int, validation: int = 10_000) -> Protocol:
     """Returns LeNet-5 (20-50-500) on MNIST with the structures of appendix C.1."""
     return make(
         context,
         seed,
         "mnist",
         "lenet5",
-        validation=10_000,
-        float_epochs=6,
+        validation=validation,
+        float_epochs=8,
+        float_rate=0.03,
         augment=False,
         conv="kernelwise",
     )

@@ -59,8 +59,11 @@ def remove_dead_channels(
     Raises:
       ValueError: a layer is not among the params, or kernels do not follow one another.
     """
-    params = {name: dict(tree) for name, tree in variables["params"].items()}
-    stats = {name: dict(tree) for name, tree in variables.get("batch_stats", {}).items()}
+    # NumPy, since every shape is new: nothing is worth compiling.
+    params, stats = (
+        {name: jax.tree.map(np.asarray, dict(tree)) for name, tree in variables.get(of, {}).items()}
+        for of in ("params", "batch_stats")
+    )
     for layer in layers:
         if "kernel" not in params.get(layer.name, {}):
             raise ValueError(f"no kernel of {layer.name!r} among {sorted(params)}")
@@ -73,7 +76,7 @@ def remove_dead_channels(
             raise ValueError(
                 f"{following.name} takes {after.shape[-2]} inputs, {layer.name} has {channels}"
             )
-        dead = ~np.any(np.asarray(kernel) != 0, axis=tuple(range(kernel.ndim - 1)))
+        dead = ~np.any(kernel != 0, axis=tuple(range(kernel.ndim - 1)))
         constant = np.asarray(activation(_constant(layer, params, stats)))
         movable = following.batch_norm is not None or "bias" in params[following.name]
         dead &= (constant == 0) | (movable and not following.padded)
@@ -81,9 +84,9 @@ def remove_dead_channels(
             dead[0] = False
         # [kernel window * positions, channels, outputs]: flattening puts channels last.
         view = after.reshape(*after.shape[:-2], -1, channels, after.shape[-1])
-        moved = jnp.asarray(np.where(dead, constant, 0), after.dtype)
-        shift = jnp.einsum("...co,c->...o", view, moved).reshape(-1, after.shape[-1]).sum(axis=0)
-        _shift(following, params, stats, shift)
+        moved = np.where(dead, constant, 0).astype(np.float64)
+        shift = np.einsum("...co,c->...o", view.astype(np.float64), moved)
+        _shift(following, params, stats, shift.reshape(-1, after.shape[-1]).sum(axis=0))
         outputs[layer.name] = ~dead
         inputs[following.name] = np.tile(~dead, after.shape[-2] // channels)
     last = layers[-1].name
@@ -96,7 +99,8 @@ def remove_dead_channels(
             for name, leaf in (tree or {}).items():
                 if name != "kernel":
                     tree[name] = leaf[kept]
-    smaller = {**variables, "params": params} | ({"batch_stats": stats} if stats else {})
+    smaller = {"params": params} | ({"batch_stats": stats} if stats else {})
+    smaller = {**variables, **jax.tree.map(jnp.asarray, smaller)}
     return Reduced(smaller, inputs, outputs)
 
 
@@ -122,10 +126,10 @@ def reduced_storage_bits(encoded: Mapping, reduced: Reduced) -> int:
 def _constant(layer, params, stats):
     """What a dead channel gives before the activation, [outputs]."""
     mine = params[layer.name]
-    out = mine.get("bias", jnp.zeros(mine["kernel"].shape[-1], mine["kernel"].dtype))
+    out = mine.get("bias", np.zeros(mine["kernel"].shape[-1], mine["kernel"].dtype))
     if layer.batch_norm is not None:
         norm, seen = params.get(layer.batch_norm, {}), stats[layer.batch_norm]
-        out = (out - seen["mean"]) / jnp.sqrt(seen["var"] + layer.epsilon)
+        out = (out - seen["mean"]) / np.sqrt(seen["var"] + layer.epsilon)
         out = out * norm.get("scale", 1) + norm.get("bias", 0)
     return out
 
@@ -133,7 +137,7 @@ def _constant(layer, params, stats):
 def _shift(layer, params, stats, shift):
     mine = params[layer.name]
     if "bias" in mine:
-        mine["bias"] = mine["bias"] + shift
+        mine["bias"] = (mine["bias"] + shift).astype(mine["bias"].dtype)
     elif layer.batch_norm is not None:
         seen = stats[layer.batch_norm]
-        seen["mean"] = seen["mean"] - shift
+        seen["mean"] = (seen["mean"] - shift).astype(seen["mean"].dtype)

@@ -12,7 +12,8 @@ from quantjax.core.quantizer import Quantizer, chain, decay_mask, weights
 from quantjax.lab.engine import Method
 from quantjax.lab.grids import faster_masks
 from quantjax.lab.names import nearest_name_error
-from quantjax.methods.alq import alq, alq_rounds, alq_state
+from quantjax.methods.alq import alq, alq_state
+from quantjax.methods.alq_schedule import alq_rounds
 from quantjax.methods.focused import focused
 from quantjax.methods.multibit import multi_bit
 from quantjax.methods.pruning import magnitude, surgery
@@ -143,10 +144,10 @@ def _psg_sparse(bits, total):
 
 
 def _alq(bits, total, average=None):
-    # Twice the bits to begin with, or six, pruned to the average in three rounds.
+    # A bit more to begin with, pruned to the average in three rounds; bases cost compilation.
     checks.bits(bits, most=8)
     target = bits if average is None else average
-    start = max(math.ceil(target), min(6, 2 * math.ceil(target)))
+    start = max(math.ceil(target), min(6, 1 + math.ceil(target)))
     rounds = 3 if total >= 12 else 1
     schedule = alq_rounds(
         max(1, total // (4 * rounds)),

@@ -70,7 +70,8 @@ def structured(
     for path in convs:
         structure = first if first is not None and path == convs[0] else conv
         parts[re.escape(path)] = qj.multi_bit(bits, _axes(kernels[path].shape, structure))
-    counts = [*blocks[:1]] * (len(dense) - len(blocks)) + [*blocks][-len(dense) :]
+    missing = max(0, len(dense) - len(blocks))
+    counts = [*blocks[:1]] * missing + [*blocks][max(0, len(blocks) - len(dense)) :]
     for path, count in zip(dense, counts, strict=True):
         count = count if kernels[path].shape[0] % count == 0 else 1
         parts[re.escape(path)] = qj.multi_bit(bits, -2, blocks=count)

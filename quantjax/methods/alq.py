@@ -1,6 +1,6 @@
 """ALQ as one optax transformation: params that stay on sums of binary bases, phase after phase.
 
-A schedule is a tuple of phases; algorithm 5 is `alq_rounds`. The phase in force is chosen by
+A schedule is a tuple of phases (`alq_schedule`). The phase in force is chosen by
 `lax.switch` on the count, so that a change of phase compiles nothing. The transformation owns what
 its quantizer owns; join it with another optimizer for the rest by `optax.partition`.
 """
@@ -17,82 +17,16 @@ from quantjax.core.quantizer import Quantizer, QuantState
 from quantjax.methods import alq_steps as steps
 from quantjax.methods import amsgrad
 from quantjax.methods import bases as bases_lib
+from quantjax.methods.alq_schedule import (
+    KINDS,
+    PRESELECT,
+    STRAIGHT_THROUGH,
+    check_left,
+    check_schedule,
+    remaining,
+)
 from quantjax.methods.bases import Bases
 from quantjax.methods.multibit import from_multi_bit
-
-STRAIGHT_THROUGH = ("ste-reconstruction", "ste-loss-aware")
-PRESELECT = 10  # the preselected share over that which a step removes
-KINDS = ("basis", "coordinate", "prune", *STRAIGHT_THROUGH)
-
-
-class Phase(NamedTuple):
-    """Some steps of one kind."""
-
-    kind: str
-    """basis, coordinate, prune; ste-reconstruction, ste-loss-aware: the baselines of 5.2."""
-    steps: int
-    learning_rate: float
-    keep: float = 1.0
-    """The share of the coordinates that a prune phase leaves, in (0, 1]."""
-
-
-def alq_rounds(
-    steps_per_epoch: int,
-    rounds: int = 6,
-    keep: float = 0.6,
-    *,
-    start_epochs: float = 0,
-    prune_epochs: float = 1,
-    basis_epochs: float = 10,
-    coordinate_epochs: float = 20,
-    post_epochs: float = 0,
-    finish_epochs: int = 0,
-    basis_rate: float = 1e-3,
-    coordinate_rate: float = 1e-4,
-) -> tuple[Phase, ...]:
-    """Returns algorithm 5: rounds times [prune, bases, coordinates], with appendix C's settings.
-
-    Rates fall to a tenth after half of a phase's epochs.
-
-    Args:
-      steps_per_epoch: optimizer steps in an epoch.
-      rounds: R, at least 1; LeNet-5 6, VGG 5 or 6, ResNet-18 5 or 9.
-      keep: the share that a round leaves, eq. 28; 0.85 on ImageNet.
-      start_epochs: of bases before the first round, to recover from the sketch.
-      prune_epochs, basis_epochs, coordinate_epochs: of every round; 5 and 10 on ImageNet.
-      post_epochs: of further training after the last round, a third of it bases, at rates that
-        begin at a tenth (appendix C.1: 30 if the loss has not converged).
-      finish_epochs: of loss-aware straight-through steps at the end, 1e-4 times 0.95 per epoch
-        (appendix C.3: 50).
-      basis_rate, coordinate_rate: of AMSGrad.
-
-    Raises:
-      ValueError: counts that are negative, or numbers out of range.
-    """
-    if not (isinstance(rounds, int) and rounds >= 1):
-        raise ValueError(f"rounds must be a whole number from 1, got {rounds!r}")
-    if not steps_per_epoch >= 1:
-        raise ValueError(f"steps_per_epoch must be at least 1, got {steps_per_epoch!r}")
-
-    def halves(kind, epochs, rate):
-        if epochs < 0:
-            raise ValueError(f"epochs must not be negative, got {epochs!r}")
-        total = round(epochs * steps_per_epoch)
-        parts = ((total + 1) // 2, rate), (total // 2, rate / 10)
-        return [Phase(kind, count, rate) for count, rate in parts if count]
-
-    phases = halves("basis", start_epochs, basis_rate)
-    for _ in range(rounds):
-        count = max(1, round(prune_epochs * steps_per_epoch))
-        phases.append(Phase("prune", count, steps.PRUNE_RATE, keep))
-        phases += halves("basis", basis_epochs, basis_rate)
-        phases += halves("coordinate", coordinate_epochs, coordinate_rate)
-    phases += halves("basis", post_epochs / 3, basis_rate / 10)
-    phases += halves("coordinate", post_epochs * 2 / 3, coordinate_rate / 10)
-    for epoch in range(finish_epochs):
-        phases.append(Phase("ste-loss-aware", steps_per_epoch, 1e-4 * 0.95**epoch))
-    _check_schedule(phases)
-    return tuple(phases)
 
 
 class AlqState(NamedTuple):
@@ -140,12 +74,15 @@ def alq(
         everything; in `update`, params or gradients of another tree.
     """
     schedule = tuple(schedule)
-    _check_schedule(schedule)
+    check_schedule(schedule)
     if preselect is not None:
         steps.check_preselect(preselect)
     for name, value in (("b1", b1), ("b2", b2)):
         amsgrad.check_decay(name, value)
-    for name, value in (("eps", eps), ("weight_decay", weight_decay), ("rate_scale", rate_scale)):
+    amsgrad.check_positive("eps", eps)
+    if callable(rate_scale):
+        raise ValueError("rate_scale must be a number; a schedule goes to optax.inject_hyperparams")
+    for name, value in (("weight_decay", weight_decay), ("rate_scale", rate_scale)):
         amsgrad.check_not_negative(name, value)
     kinds = [kind for kind in KINDS if any(phase.kind == kind for phase in schedule)]
     with_floats = any(kind in STRAIGHT_THROUGH for kind in kinds)
@@ -178,7 +115,7 @@ def alq(
         lacking = [p for p in encoded if not {"coords", "mask"} <= set(quant.buffers.get(p, {}))]
         if lacking:
             raise ValueError(f"the quantizer keeps no coords and mask for {lacking}")
-        _check_left(schedule, encoded)
+        check_left(schedule, [leaf.mask for leaf in encoded.values()])
         found = {path: from_multi_bit(leaf) for path, leaf in encoded.items()}
         moments = {path: steps.init_moments(leaf) for path, leaf in encoded.items()}
         alive = sum(jnp.count_nonzero(bases.mask) for bases in found.values())
@@ -197,16 +134,8 @@ def alq(
             raise ValueError("alq needs params: call update(grads, state, params)")
         grads, rebuild = paths.flatten(updates)
         weights, _ = paths.flatten(params)
-        grads, weights = (
-            paths.restrict(tree, state.codes, what)
-            for tree, what in ((grads, "gradients"), (weights, "params"))
-        )
-        for path, leaf in weights.items():
-            if leaf.shape != state.weights[path].mean.shape or leaf.shape != grads[path].shape:
-                raise ValueError(
-                    f"{path}: params {leaf.shape} and gradients {grads[path].shape} beside "
-                    f"a state for {state.weights[path].mean.shape}"
-                )
+        for what, tree in (("gradients", grads), ("params", weights)):
+            _check_tree(what, tree, state)
         phase = jnp.searchsorted(ends, state.count, side="right")
         phase = jnp.minimum(phase, len(schedule) - 1)
         now = {name: jnp.asarray(values)[phase] for name, values in table.items()}
@@ -239,10 +168,8 @@ def alq(
 
         def prune(found, moments, floats):
             del floats
-            # After step t of T, M0 - round((M0 - M_T) t / T) coordinates remain.
-            final = jnp.floor(began_with * now["keep"] + 0.5)
-            gone = (began_with - final) * jnp.minimum((done + 1) / now["steps"], 1)
-            count = alive - (began_with - jnp.floor(gone + 0.5).astype(jnp.int32))
+            step = jnp.minimum(done + 1, now["steps"])
+            count = alive - remaining(began_with, now["keep"], step, now["steps"])
             order = list(found)
             new, moved = steps.prune(
                 [found[path] for path in order],
@@ -339,13 +266,24 @@ def alq_params(opt_state, params):
     """
     state = find_alq(opt_state)
     flat, rebuild = paths.flatten(params)
-    mine = paths.restrict(flat, state.codes, "optimizer's state")
-    for path, leaf in mine.items():
-        if leaf.shape != state.weights[path].mean.shape:
-            raise ValueError(
-                f"{path}: params {leaf.shape}, state for {state.weights[path].mean.shape}"
-            )
+    mine = {path: leaf for path, leaf in flat.items() if path in state.codes}
+    _check_tree("params", mine, state)
     return rebuild({**flat, **_values(_bases(state), mine)})
+
+
+def _check_tree(what, flat, state):
+    """Raises ValueError unless the leaves are those of the state."""
+    lacking = [path for path in state.codes if path not in flat]
+    strange = [path for path in flat if path not in state.codes]
+    if lacking or strange:
+        raise ValueError(
+            f"the state of alq was made for another tree: the {what} lack {lacking}, and {strange} "
+            "are not owned"
+        )
+    for path, leaf in flat.items():
+        expected = state.weights[path].mean.shape
+        if leaf.shape != expected:
+            raise ValueError(f"{path}: {what} {leaf.shape}, but the state is for {expected}")
 
 
 def _bases(state: AlqState) -> dict:
@@ -374,29 +312,3 @@ def _values(found: dict, like: dict) -> dict:
 def _floats(leaves: dict, found: dict) -> dict:
     """The leaves in the precision of the coordinates, as arrays of their own."""
     return {path: jnp.array(leaf, found[path].coords.dtype) for path, leaf in leaves.items()}
-
-
-def _check_schedule(schedule):
-    if not schedule:
-        raise ValueError("the schedule has no phases")
-    for phase in schedule:
-        if phase.kind not in KINDS:
-            raise ValueError(f"kind must be one of {KINDS}, got {phase.kind!r}")
-        whole = isinstance(phase.steps, int | np.integer) and not isinstance(phase.steps, bool)
-        if not whole or phase.steps < 1:
-            raise ValueError(f"steps must be a whole number from 1, got {phase.steps!r}")
-        amsgrad.check_not_negative("learning_rate", phase.learning_rate)
-        if not 0 < phase.keep <= 1:
-            raise ValueError(f"keep must be in (0, 1], got {phase.keep!r}")
-
-
-def _check_left(schedule, encoded):
-    masks = [leaf.mask for leaf in encoded.values()]
-    if any(isinstance(mask, jax.core.Tracer) for mask in masks):
-        return
-    start = left = sum(int(np.count_nonzero(mask)) for mask in masks)
-    for phase in schedule:
-        if phase.kind == "prune":
-            left = int(np.floor(left * phase.keep + 0.5))
-    if left < 1:
-        raise ValueError(f"the schedule would leave {left} of {start} coordinates")

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from quantjax.core import qarray
+from quantjax.core import checks, qarray
 from quantjax.methods import amsgrad
 from quantjax.methods import bases as bases_lib
 from quantjax.methods.amsgrad import Moments, accumulate
@@ -176,8 +176,7 @@ def straight_through_step(
 
 def check_preselect(value):
     """Raises ValueError for a share outside (0, 1]."""
-    if not isinstance(value, jax.core.Tracer) and not 0 < value <= 1:
-        raise ValueError(f"preselect is a share in (0, 1], got {value!r}")
+    checks.number("preselect", value, "a share in (0, 1]", lambda x: (x > 0) & (x <= 1))
 
 
 def move_bases(bases: Bases, grad, moments: AlqMoments, descent: Descent):

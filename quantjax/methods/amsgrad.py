@@ -77,7 +77,7 @@ def projected_amsgrad(
     """
     for name, value in (("b1", b1), ("b2", b2)):
         check_decay(name, value)
-    check_not_negative("eps", eps)
+    check_positive("eps", eps)
     check_not_negative("learning_rate", learning_rate)
 
     def init(params):
@@ -121,6 +121,11 @@ def check_decay(name, value):
 def check_not_negative(name, value):
     """Raises ValueError for a concrete number that is negative or not finite."""
     checks.number(name, value, "finite and not negative", lambda x: np.isfinite(x) & (x >= 0))
+
+
+def check_positive(name, value):
+    """Raises ValueError for a concrete number that is not positive and finite."""
+    checks.number(name, value, "finite and positive", lambda x: np.isfinite(x) & (x > 0))
 
 
 def _one_minus_power(base, count):

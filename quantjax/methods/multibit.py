@@ -16,7 +16,7 @@ Groups, in the paper's words and in the axes of torch's and Flax's kernels:
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -45,12 +45,15 @@ def sketch(w, bits: int, axes, *, blocks: int = 1, tol: float = TOLERANCE) -> qa
 
     Raises:
       ValueError: bits outside 1..8; axes out of range, repeated or not counted from the end;
-        blocks that do not divide; groups of fewer than 2 elements; values that are not finite.
+        blocks that do not divide; groups of fewer than 2 elements; values that are no floats, not
+        finite, or none.
     """
     checks.bits(bits, most=bases_lib.MOST_BITS)
     checks.number("tol", tol, "in [0, 1)", lambda tol: (tol >= 0) & (tol < 1))
     view, within = _view(jnp.shape(w), axes, blocks)
     w = jnp.asarray(w)
+    if not jnp.issubdtype(w.dtype, jnp.floating) or not w.size:
+        raise ValueError(f"a sketch needs floats, got {w.dtype} of shape {w.shape}")
     check_finite(w)
     found = _sketch(w.reshape(view), bits, within, tol)
     return as_multi_bit(found, w.dtype, blocks, last_axis(axes))
@@ -91,14 +94,9 @@ def multi_bit(
         coords, shape = buffers["coords"], leaf.shape
         if blocks > 1 and shape[axis] % blocks == 0:
             shape = _split(shape, axis, blocks)
-        group = coords.shape[:-1]
-        if len(group) != len(shape) or not all(
-            k in (1, n) for k, n in zip(group, shape, strict=True)
-        ):
-            raise ValueError(
-                f"the state was made for another tree: coords {coords.shape}, leaf {leaf.shape}"
-            )
-        return leaf.reshape(shape).astype(coords.dtype)
+        leaf = leaf.reshape(shape)
+        checks.fitting(coords[..., 0], leaf)
+        return leaf.astype(coords.dtype)
 
     def init(path, leaf, key):
         del key
@@ -115,7 +113,7 @@ def multi_bit(
     def encode(leaf, learned, buffers):
         del learned
         x = place(buffers, leaf)
-        codes = bases_lib.nearest_codes(buffers["coords"], buffers["mask"], x)
+        codes = _nearest_codes(buffers["coords"], buffers["mask"], x)
         found = Bases(codes, buffers["coords"], buffers["mask"])
         return as_multi_bit(found, leaf.dtype, blocks, axis)
 
@@ -153,20 +151,19 @@ def storage_bits(tree) -> int:
 
 def as_multi_bit(bases: Bases, dtype, blocks: int, axis: int) -> qarray.MultiBit:
     """Returns the encoded leaf."""
-    basis = bases_lib.unpack(bases.codes, bases.coords.shape[-1])
+    basis = _unpack(bases.codes, bases.coords.shape[-1])
     axis = axis if blocks > 1 else -1
     return qarray.MultiBit(basis, bases.coords, bases.mask, np.dtype(dtype), blocks, axis)
 
 
 def from_multi_bit(mb: qarray.MultiBit) -> Bases:
     """Returns the bases of an encoded leaf, in its view."""
-    codes = bases_lib.pack(mb.basis) | bases_lib.masked_bits(mb.mask)
-    return Bases(codes, jnp.where(mb.mask, mb.coords, 0), mb.mask)
+    return _from_parts(mb.basis, mb.coords, mb.mask)
 
 
 def last_axis(axes) -> int:
     """Returns the last grouped axis; raises ValueError for axes that are no such choice."""
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    axes = tuple(axes) if isinstance(axes, Sequence) else (axes,)
     if not axes or not all(isinstance(axis, int) and axis < 0 for axis in axes):
         raise ValueError(f"axes are counted from the end, such as (-4, -3, -2); got {axes}")
     if len(set(axes)) < len(axes):
@@ -177,7 +174,7 @@ def last_axis(axes) -> int:
 def _view(shape, axes, blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns the shape of the view and the axes of a group in it."""
     last = last_axis(axes)
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    axes = tuple(axes) if isinstance(axes, Sequence) else (axes,)
     if min(axes) < -len(shape):
         raise ValueError(f"axes {axes} are out of range for a leaf of shape {shape}")
     if not isinstance(blocks, int) or blocks < 1 or shape[last] % blocks:
@@ -194,6 +191,17 @@ def _view(shape, axes, blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def _split(shape, axis: int, blocks: int):
     at = len(shape) + axis
     return (*shape[:at], blocks, shape[at] // blocks, *shape[at + 1 :])
+
+
+# One program each, since encoding happens outside jit.
+_nearest_codes = jax.jit(bases_lib.nearest_codes)
+_unpack = jax.jit(bases_lib.unpack, static_argnums=1)
+
+
+@jax.jit
+def _from_parts(basis, coords, mask) -> Bases:
+    codes = bases_lib.pack(basis) | bases_lib.masked_bits(mask)
+    return Bases(codes, jnp.where(mask, coords, 0), mask)
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "axes", "tol"))

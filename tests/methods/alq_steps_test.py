@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import quantjax as qj
 from quantjax.methods import alq_steps as steps
+from tests import quick
 
 RATE = 0.05
 SEEDS = st.integers(0, 2**32 - 1)
@@ -19,7 +20,7 @@ few = hypothesis.settings(max_examples=25, deadline=None)
 
 @functools.cache
 def jitted(name, **fixed):
-    return jax.jit(functools.partial(getattr(steps, name), **fixed))
+    return quick.jit(functools.partial(getattr(steps, name), **fixed))
 
 
 def random_leaf(seed, groups=4, n=12, bits=3, masked=0.3):

@@ -12,6 +12,7 @@ import quantjax as qj
 from quantjax.core import qarray
 from quantjax.methods import alq as alq_lib
 from quantjax.methods import alq_steps as steps
+from tests import quick
 
 
 def make_params(dtype=jnp.float32):
@@ -68,6 +69,11 @@ def make_step(tx, traces):
     return step
 
 
+@functools.cache
+def jitted(name, **fixed):
+    return quick.jit(functools.partial(getattr(steps, name), **fixed))
+
+
 def kept(opt_state):
     buffers = qj.alq_state(opt_state).buffers
     return sum(int(np.count_nonzero(mine["mask"])) for mine in buffers.values())
@@ -75,7 +81,7 @@ def kept(opt_state):
 
 def test_the_designs_snippet_through_all_phases():
     params = make_params()
-    quantizer = make_quantizer()
+    quantizer = make_quantizer(bits=2)
     schedule = qj.alq_rounds(
         4, rounds=2, keep=0.7, basis_epochs=2, coordinate_epochs=2, basis_rate=0.02
     )
@@ -101,10 +107,9 @@ def test_the_designs_snippet_through_all_phases():
     assert exact["Conv_0"]["bias"] is params["Conv_0"]["bias"]
     assert loss(exact) < start  # with half of the coordinates
     # 2 rounds at 0.7, in 4 steps each.
-    groups = (4 + 2 * 5) * 3
-    first, second = round(groups * 0.7), round(round(groups * 0.7) * 0.7)
-    assert alive[3] == first
-    assert alive[:4] == [groups - round((groups - first) * t / 4) for t in (1, 2, 3, 4)]
+    total = (4 + 2 * 5) * 2
+    first, second = round(total * 0.7), round(round(total * 0.7) * 0.7)
+    assert alive[:4] == [total - round((total - first) * t / 4) for t in (1, 2, 3, 4)]
     assert alive[20:24] == [first - round((first - second) * t / 4) for t in (1, 2, 3, 4)]
     assert alive[-1] == second
     encoded = quantizer.encode(exact, qj.alq_state(opt_state))
@@ -127,7 +132,7 @@ def test_updates_are_those_of_the_pure_steps():
     )
     tx = qj.alq(quantizer, schedule, rate_scale=2.0, preselect=0.5, weight_decay=0.1)
     state = tx.init(params)
-    update = jax.jit(tx.update)
+    update = quick.jit(tx.update)
     mb = quantizer.encode(params, quantizer.init(params))["Dense_0"]["kernel"]
     moments, w = steps.init_moments(mb), None
     kinds = [phase for phase in schedule for _ in range(phase.steps)]
@@ -138,9 +143,9 @@ def test_updates_are_those_of_the_pure_steps():
         now = optax.apply_updates(now, updates)
         rate = phase.learning_rate * 2
         if phase.kind == "basis":
-            mb, moments = steps.basis_step(mb, grad, moments, learning_rate=rate)
+            mb, moments = jitted("basis_step")(mb, grad, moments, learning_rate=rate)
         elif phase.kind == "coordinate":
-            mb, moments = steps.coordinate_step(
+            mb, moments = jitted("coordinate_step")(
                 mb, grad, moments, learning_rate=rate, weight_decay=0.1
             )
         elif phase.kind == "prune":
@@ -148,14 +153,13 @@ def test_updates_are_those_of_the_pure_steps():
             alive = int(np.count_nonzero(mb.mask))
             left = {4: 15 - round(7 / 2), 5: 8}[t]
             assert count is None or count == left
-            (mb,), (moments,) = steps.prune_step(
-                [mb], [grad], [moments], count=alive - left, preselect=0.5
+            (mb,), (moments,) = jitted("prune_step", preselect=0.5)(
+                [mb], [grad], [moments], count=alive - left
             )
         else:
             w = mb.decode() if w is None else w
-            mb, w, moments = steps.straight_through_step(
-                mb, w, grad, moments, learning_rate=rate, loss_aware=phase.kind == "ste-loss-aware"
-            )
+            step = jitted("straight_through_step", loss_aware=phase.kind == "ste-loss-aware")
+            mb, w, moments = step(mb, w, grad, moments, learning_rate=rate)
         exact = qj.alq_params(state, now)["Dense_0"]["kernel"]
         np.testing.assert_allclose(exact, mb.decode(), atol=2e-6)
 
@@ -166,7 +170,7 @@ def test_straight_through_from_the_start_keeps_the_float_weights():
     state = tx.init(params)
     np.testing.assert_array_equal(state.floats["kernel"], params["kernel"])
     grads = {"kernel": jnp.ones((16, 5))}
-    _, state = tx.update(grads, state, params)
+    _, state = quick.jit(tx.update)(grads, state, params)
     np.testing.assert_array_equal(state.floats["kernel"], params["kernel"])
     assert not qj.alq(qj.multi_bit(2, -2), [qj.Phase("basis", 5, 0.0)]).init(params).floats
 
@@ -174,7 +178,7 @@ def test_straight_through_from_the_start_keeps_the_float_weights():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_params(dtype):
     params = make_params(dtype)
-    quantizer = make_quantizer()
+    quantizer = make_quantizer(bits=2)
     tx = joined(quantizer, [qj.Phase("basis", 3, 0.05)], params)
     opt_state = tx.init(params)
     params = qj.alq_params(opt_state, params)
@@ -220,7 +224,7 @@ def test_inject_hyperparams_and_map_params():
     states = injected.init(params), direct.init(params)
     assert "rate_scale" in states[0].hyperparams
     (first, _), (second, _) = (
-        jax.jit(tx.update)(grads, state, params)
+        quick.jit(tx.update)(grads, state, params)
         for tx, state in zip((injected, direct), states, strict=True)
     )
     np.testing.assert_allclose(first["kernel"], second["kernel"], atol=1e-6)
@@ -277,7 +281,10 @@ def bad(kind="basis", count=1, rate=0.1, keep=1.0):
         (bad("prune", keep=0.0), {}, "keep must be in"),
         (bad(), {"preselect": 0.0}, "share"),
         (bad(), {"b1": 1.0}, "b1"),
-        (bad(), {"eps": -1.0}, "eps"),
+        (bad(), {"eps": 0.0}, "eps must be finite and positive"),
+        (bad(), {"rate_scale": -1.0}, "rate_scale"),
+        (bad(), {"rate_scale": lambda step: 1.0}, "inject_hyperparams"),
+        ([("basis", 1, 0.1)], {}, "sequence of Phase"),
         (bad(), {"weight_decay": np.nan}, "weight_decay"),
     ],
 )
@@ -288,7 +295,14 @@ def test_bad_arguments(schedule, kwargs, message):
 
 @pytest.mark.parametrize(
     ("args", "kwargs"),
-    [((0,), {}), ((10, 0), {}), ((10, 1, 1.5), {}), ((10,), {"basis_epochs": -1})],
+    [
+        ((0,), {}),
+        ((10, 0), {}),
+        ((10, 1, 1.5), {}),
+        ((10,), {"basis_epochs": -1}),
+        ((10,), {"prune_epochs": -1}),
+        ((10,), {"finish_epochs": 0.5}),
+    ],
 )
 def test_bad_rounds(args, kwargs):
     with pytest.raises(ValueError, match="must"):
@@ -314,28 +328,39 @@ def test_bad_trees():
     with pytest.raises(ValueError, match="Dense_0/kernel"):
         tx.update({"Conv_0": kernels["Conv_0"]}, state, kernels)
     other = {**kernels, "Dense_0": {"kernel": jnp.ones((16, 6))}}
-    with pytest.raises(ValueError, match="Dense_0/kernel: params"):
-        tx.update(other, state, other)
+    for grads, given, message in (
+        (other, kernels, "Dense_0/kernel: gradients"),
+        (kernels, other, "Dense_0/kernel: params"),
+        (kernels, {"Conv_0": kernels["Conv_0"]}, r"params lack \['Dense_0/kernel'\]"),
+        ({**kernels, "Dense_0": {"kernel": None}}, kernels, "gradients lack"),
+        (params, params, r"\['Conv_0/bias'\] are not owned"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tx.update(grads, state, given)
     with pytest.raises(ValueError, match="Dense_0/kernel"):
         qj.alq_params(state, other)
     with pytest.raises(ValueError, match="Dense_0/kernel"):
         qj.alq_params(state, {"Conv_0": kernels["Conv_0"]})
 
 
-def test_only_increments_are_gathered_in_pruning():
+@pytest.mark.parametrize("spec", [(None, "d"), ("d", None)])
+def test_only_increments_are_gathered_over_devices(spec):
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "d"))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
     params = {"kernel": jax.device_put(make_weights((64, 16)), place)}
-    tx = qj.alq(qj.multi_bit(2, -2), [qj.Phase("prune", 3, 1e-3, 0.5)])
+    kinds = ("prune", "basis", "coordinate", "ste-loss-aware", "ste-reconstruction")
+    tx = qj.alq(qj.multi_bit(2, -2), [qj.Phase(kind, 3, 1e-3, 0.5) for kind in kinds])
     state = tx.init(params)
-    text = jax.jit(tx.update).lower(params, state, params).compile().as_text()
+    compiled = quick.jit(tx.update).lower(params, state, params).compile()
+    text = compiled.as_text()
     gathered = [line for line in text.splitlines() if " all-gather(" in line]
     for line in gathered:
         shape = line.split("[")[1].split("]")[0].split(",")
         assert np.prod([int(n) for n in shape]) <= 16 * 2, line
     alone = jax.tree.map(np.asarray, params)
-    moved, _ = jax.jit(tx.update)(params, state, params)
-    expected, _ = jax.jit(tx.update)(alone, tx.init(alone), alone)
+    moved, _ = compiled(params, state, params)
+    assert moved["kernel"].sharding.is_equivalent_to(place, 2)
+    expected, _ = quick.jit(tx.update)(alone, tx.init(alone), alone)
     np.testing.assert_allclose(moved["kernel"], expected["kernel"], atol=1e-6)
 
 
