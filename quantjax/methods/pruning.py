@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from quantjax.core import order, paths
+from quantjax.core import draws, order, paths
 from quantjax.core.quantizer import Quantizer, QuantState, leafwise
 
 
@@ -148,7 +148,7 @@ def surgery(
         due = (count <= end) & (count % every == 0)
         if key is not None:
             chance = (1 + decay * count) ** -power
-            due &= jax.random.uniform(key) < chance
+            due &= draws.uniform(key, ()) < chance
 
         def move(leaf, mask):
             keys = order.magnitude_keys(leaf)

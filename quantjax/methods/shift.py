@@ -99,9 +99,7 @@ def choose(w, buffers: Mapping) -> Choice:
     Of two equally near levels it is the one farther from the mean.
     """
     x = w.astype(jnp.float32)
-    border, component = buffers["border"], buffers["component"]
-    by_value = ((border[..., 0] < x) & (x < border[..., 1])) == buffers["inside"]
-    positive = jnp.where(component == 0, by_value, component > 0)
+    positive = is_positive(x, buffers)
     beyond = x - of_component(positive, buffers["mean"])
     below = beyond < 0
     span = exponents(buffers)
@@ -110,6 +108,13 @@ def choose(w, buffers: Mapping) -> Choice:
     nearest = (order.magnitude_keys(beyond) + (1 << 22) >> 23) - 127
     exponent = jnp.clip(nearest, of_component(positive, span.lowest), top)
     return Choice(alive(x), positive, below, exponent)
+
+
+def is_positive(x, buffers: Mapping):
+    """Returns where weights are of c+: by their component, or by value where it is 0 (FQ 5)."""
+    border, component = buffers["border"], buffers["component"]
+    by_value = ((border[..., 0] < x) & (x < border[..., 1])) == buffers["inside"]
+    return jnp.where(component == 0, by_value, component > 0)
 
 
 def level(choice: Choice, buffers: Mapping):
