@@ -80,8 +80,9 @@ def focused(
         return _fit(
             leaves,
             {path: mine["limit"] for path, mine in buffers.items()},
-            paths.leaf_keys(key, leaves),
-            min_separation=min_separation,
+            paths.leaf_keys(jax.random.key(0) if key is None else key, leaves),
+            key is not None,
+            min_separation,
             search=bias == "error",
         )
 
@@ -127,6 +128,7 @@ def focused(
 
 
 @jax.custom_jvp
+@jax.jit  # outside of jit one program, not one per operation
 def _quantize(x, alpha, buffers):
     value = shift.level(shift.choose(x, buffers), buffers) * alpha
     return jnp.where(jnp.isnan(x), x, value)
@@ -171,11 +173,11 @@ def _symbols(leaf, alpha, buffers, bits):
 
 
 @functools.partial(jax.jit, static_argnames="search")
-def _fit(leaves, limits, keys, *, min_separation, search) -> dict:
+def _fit(leaves, limits, keys, sampled, min_separation, *, search) -> dict:
     """Returns what a fit writes into the buffers of every leaf.
 
     Only what must read the weights is done leaf by leaf; all else is of shape [leaves], which is
-    a fraction of the compiling.
+    a fraction of the compiling. Whether components are sampled is data, for the same reason.
     """
     sums = [mixture_lib.bin_sums(leaf) for leaf in leaves.values()]
     hists = mixture_lib.of_sums(*(jnp.stack(parts) for parts in zip(*sums, strict=True)))
@@ -198,7 +200,7 @@ def _fit(leaves, limits, keys, *, min_separation, search) -> dict:
     odds, components = mixture_lib.odds(mixtures), {}
     for i, (path, leaf) in enumerate(leaves.items()):
         mine = jax.tree.map(lambda part, i=i: part[i], odds)
-        component = mixture_lib.draw(keys[path], leaf, mine)
+        component = mixture_lib.draw(keys[path], leaf, mine, sampled)
         kept = recentred[i] & shift.alive(leaf)
         components[path] = jnp.where(kept, component, 0).astype(jnp.int8)
     # Drawn once: the compiler would draw again for every use.

@@ -159,7 +159,9 @@ def assign(key, w, mixture: Mixture):
       w: floats of any shape.
       mixture: of one layer.
     """
-    return draw(key, w, odds(mixture))
+    if key is None:
+        return draw(jax.random.key(0), w, odds(mixture), False)
+    return draw(key, w, odds(mixture), True)
 
 
 class Odds(NamedTuple):
@@ -189,11 +191,11 @@ def odds(mixture: Mixture) -> Odds:
     )
 
 
-def draw(key, w, of: Odds):
-    """Returns `assign`'s components, given the odds of a layer."""
+def draw(key, w, of: Odds, sampled):
+    """Returns `assign`'s components, given the odds of a layer; sampled: a bool, traced or not."""
     z = (w.astype(rounding.work_dtype(w.dtype)) - of.middle) / of.unit
     score = (of.a * z + of.b) * z + of.c
-    border = 0.5 if key is None else draws.uniform(key, w.shape)
+    border = jnp.where(sampled, draws.uniform(key, w.shape), 0.5)
     return jnp.where(border < jax.nn.sigmoid(score), 1, -1).astype(jnp.int8)
 
 
