@@ -117,6 +117,9 @@ def is_positive(x, buffers: Mapping):
     return jnp.where(component == 0, by_value, component > 0)
 
 
+_choose = jax.jit(choose)
+
+
 def level(choice: Choice, buffers: Mapping):
     """Returns the levels of a choice, float32, alpha apart; zero where a weight is pruned."""
     step = exp2(choice.exponent)
@@ -180,7 +183,7 @@ def operations(w, buffers: Mapping) -> Operations:
     recentred layer it also adds it to the sum of its component, which is multiplied by its mean
     once per output.
     """
-    kept = np.asarray(choose(jnp.asarray(w), buffers).alive)
+    kept = np.asarray(_choose(jnp.asarray(w), buffers).alive)
     weights, recentred = int(np.count_nonzero(kept)), bool(np.all(buffers["recentred"]))
     outputs = kept.shape[-1]
     if not recentred:
@@ -206,7 +209,7 @@ def shift_dot(x, w, buffers: Mapping) -> tuple[np.ndarray, int]:
     if not np.issubdtype(x.dtype, np.integer):
         raise ValueError(f"fixed-point inputs are integers, got {x.dtype}")
     x = x.astype(np.int64)
-    chosen = Choice(*(np.asarray(part) for part in choose(jnp.asarray(w), buffers)))
+    chosen = Choice(*(np.asarray(part) for part in _choose(jnp.asarray(w), buffers)))
     means = np.asarray(buffers["mean"], np.float64).reshape(2)
     exponents_used = chosen.exponent[chosen.alive]
     unit = min([_last_bit(mean) for mean in means if mean] + [int(min(exponents_used, default=0))])
