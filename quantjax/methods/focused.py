@@ -260,10 +260,15 @@ def _best_bias(leaves, components, layers, bias):
 
 
 def _finish(layers, bias):
-    """Returns the layers with their biases, and with means that are exact beside their levels."""
+    """Returns the layers with their biases, and with means that are exact beside their levels.
+
+    Modes narrower than float32 tells apart get the smallest steps that it does.
+    """
+    two = layers["recentred"][:, None]
+    finest = shift.exponent_of(layers["std"]) - shift.exponent_of(layers["mean"]) + 22
+    bias = jnp.where(two[:, 0], jnp.minimum(bias, jnp.min(finest, axis=-1)), bias)
     new = {**layers, "bias": bias}
-    exact = _exact(layers["mean"], shift.exponents(new))
-    return {**new, "mean": jnp.where(layers["recentred"][:, None], exact, 0)}
+    return {**new, "mean": jnp.where(two, _exact(layers["mean"], shift.exponents(new)), 0)}
 
 
 def _exact(mean, span: shift.Range):

@@ -404,6 +404,21 @@ def test_odd_layers_are_plain_shift_and_the_summary_says_so(name):
         assert np.all(out[~normal] == 0)
 
 
+@pytest.mark.parametrize("bits", [3, 5, 6])
+def test_modes_that_are_one_value_each(bits):
+    """Their levels are float32 numbers still, all different, and as near as those can be."""
+    w = np.where(np.arange(48).reshape(SHAPE) % 3, 0.3, -0.7).astype(np.float32)
+    quantizer, state = fitted(jnp.asarray(w), bits)
+    mine = buffers_of(state)
+    assert mine["recentred"].all()
+    means, bias = np.float64(mine["mean"].ravel()), mine["bias"].item()
+    for i, exact in enumerate(level_sets(bits, means, mine["std"].ravel(), bias, True)):
+        levels = shift.table(state.buffers[PATH], bits)[i].ravel()
+        np.testing.assert_array_equal(levels, sorted(exact))
+    out = np.asarray(quantizer.apply(tree(w), state)["Dense_0"]["kernel"])
+    np.testing.assert_allclose(out, w, rtol=1e-6)
+
+
 def test_sixteen_weights_of_both_signs_are_recentred():
     w = np.zeros(SHAPE, np.float32)
     w.ravel()[:16] = np.linspace(1, 2, 16) * np.resize([-1, 1], 16)
