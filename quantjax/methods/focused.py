@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from quantjax.core import order, paths, qarray
+from quantjax.core import checks, order, paths, qarray
 from quantjax.core.quantizer import Quantizer, leafwise
 from quantjax.methods import mixture as mixture_lib
 from quantjax.methods import shift
@@ -67,8 +67,7 @@ def focused(
       ValueError: an argument outside its range.
     """
     least = 2 if min_separation == np.inf else 3
-    if not (isinstance(bits, int) and not isinstance(bits, bool) and least <= bits <= 8):
-        raise ValueError(f"bits must be a whole number in {least}..8, got {bits!r}")
+    checks.bits(bits, least, 8)
     if not min_separation >= 0:
         raise ValueError(f"min_separation must not be negative, got {min_separation!r}")
     if refit_every is not None and not (isinstance(refit_every, int) and refit_every >= 1):

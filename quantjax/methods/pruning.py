@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from quantjax.core import draws, order, paths
+from quantjax.core import checks, draws, order, paths
 from quantjax.core.quantizer import Quantizer, QuantState, leafwise
 
 
@@ -321,8 +321,7 @@ def _gradual(density, step, begin, end):
 
 
 def _check_density(density):
-    if not isinstance(density, jax.core.Tracer) and not 0 < density <= 1:
-        raise ValueError(f"density must be in (0, 1], got {density!r}")
+    checks.number("density", density, "in (0, 1]", lambda share: (share > 0) & (share <= 1))
 
 
 def _check_steps(**counts):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from quantjax.core import order
+from quantjax.core import checks, order
 
 EXPONENTS = (-126, 127)  # of normal float32 numbers
 
@@ -25,8 +25,7 @@ def shift_levels(bits: int, bias: int):
     Raises:
       ValueError: bits outside 1..8.
     """
-    if not 1 <= bits <= 8:
-        raise ValueError(f"bits must be in 1..8, got {bits!r}")
+    checks.bits(bits, 1, 8)
     sizes = 2.0 ** (np.arange(2 ** (bits - 1)) - bias)
     return jnp.asarray(np.concatenate([-sizes[::-1], sizes]), jnp.float32)
 
@@ -46,8 +45,7 @@ def focused_levels(bits: int, alpha, mean, std, bias):
     Raises:
       ValueError: bits out of range.
     """
-    if not 3 <= bits <= 8:
-        raise ValueError(f"bits must be in 3..8, got {bits!r}")
+    checks.bits(bits, 3, 8)
     both = table(
         {
             "mean": jnp.asarray(mean, jnp.float32),
