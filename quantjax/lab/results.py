@@ -69,7 +69,7 @@ def _section(record: dict) -> str:
         cells = [_mean([row[column] for row in rows if column in row]) for column in used]
         paper = rows[0].get("paper", {})
         told = [" / ".join(f"{paper[c]:g}" for c in used if c in paper)] if with_paper else []
-        lines.append([name, f"{size:g}", *cells, *told])
+        lines.append([name, "" if size is None else f"{size:g}", *cells, *told])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     seeds = len({row["seed"] for rows in groups.values() for row in rows})
     notes = [
