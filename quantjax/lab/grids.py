@@ -216,3 +216,28 @@ def make(
         loaded = loaded._replace(mean=half, std=half)
     task = engine.Task(models.build(model, loaded.classes), loaded, augment)
     return Grids(context, task, epochs, batch_size, schedule, weight_decay, {})
+
+
+def paper_lenet(context: Context) -> Grids:
+    """Returns LeNet-5 (32-64-512) on MNIST by appendix F: 100 epochs."""
+    return make(
+        context,
+        "mnist",
+        "lenet5-wide",
+        epochs=100,
+        schedule=decaying(5e-4, last=50, factor=0.8),
+        symmetric=True,
+    )
+
+
+def paper_vgg(context: Context) -> Grids:
+    """Returns VGG-7 on CIFAR-10 by appendix F: 300 epochs with crops and flips."""
+    return make(
+        context,
+        "cifar10",
+        "vgg7",
+        epochs=300,
+        schedule=decaying(1e-4, last=50, factor=0.9, drops={0.5: 0.1}),
+        weight_decay=0.02,
+        augment=True,
+    )

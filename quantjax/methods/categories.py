@@ -184,7 +184,7 @@ def expectation(t, s, low, high) -> Estimate:
     """The mean of all categories low .. high, sum_i r_i n_i; low and high may be traced."""
     point = jnp.clip(t, low - 0.5, high + 0.5)
     place = _Place(t, s, point, jnp.abs(t - point))
-    code = jnp.clip(jnp.ceil(t - 0.5), low, high)
+    code = jnp.clip(_held(t), low, high)
     left, right = _parts(_edge(place, low - 0.5)), _parts(_edge(place, high + 0.5))
 
     def minus(i, sums):
@@ -267,7 +267,7 @@ def _width_term(s, width):
 
 def _nearest(t, s, cells, masks):
     """The place of t, and the nearest code that no mask removes: the left one of two."""
-    held = jnp.ceil(t - 0.5)
+    held = _held(t)
 
     def visit(i, least):
         cell, z = _at(cells, masks, i)
@@ -278,6 +278,12 @@ def _nearest(t, s, cells, masks):
     far = jnp.full_like(t, jnp.inf)
     shift, point, code = _loop(len(cells.low), visit, (far, t, jnp.zeros_like(t)))
     return _Place(t, s, point, shift), code
+
+
+def _held(t):
+    """The code whose cell holds t, its right edge included; exact, as ceil(t - 0.5) is not."""
+    code = jnp.round(t)
+    return jnp.where(t - code == -0.5, code - 1, code)
 
 
 def _codes(cells):

@@ -128,3 +128,28 @@ def test_far_from_the_grid_all_is_finite(bits, kind, estimator, dtype):
             codes = np.asarray(value, np.float64) / alpha
             if kind == "none":  # the ends of the grid
                 assert (codes[-2], codes[-5]) == (2 ** (bits - 1) - 1, -(2 ** (bits - 1)))
+
+
+@pytest.mark.parametrize("kind", ["none", "levels"])
+def test_expectation_is_smooth_at_the_edges(kind):
+    """One rounding beside a half-way point the gradients are those of the point itself."""
+    edges = np.arange(-4, 4, dtype=np.float32) + np.float32(0.5)
+    beside = [np.nextafter(edges, np.float32(end)) for end in (-9, 9)]
+    masks = jnp.asarray([0.0, 0.7]) if kind == "levels" else jnp.zeros(0)
+
+    @jax.jit
+    def run(x, alpha, low, high):
+        def quantize(x, alpha):
+            if kind == "levels":
+                return semi_relaxed.on_masked_grid(x, alpha, 0.3 * alpha, masks, 3, "expectation")
+            return semi_relaxed.on_grid(x, alpha, 0.3 * alpha, low, high, "expectation")
+
+        _, pull = jax.vjp(quantize, x, jnp.broadcast_to(alpha, x.shape))
+        return pull(jnp.ones_like(x))
+
+    def grads(x):
+        return run(jnp.asarray(x), jnp.float32(1), jnp.float32(-4), jnp.float32(3))
+
+    for expected, *got in zip(grads(edges), *map(grads, beside), strict=True):
+        for other in got:
+            np.testing.assert_allclose(other, expected, atol=2e-5)
