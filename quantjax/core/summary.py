@@ -27,6 +27,7 @@ class Summary:
     """Rows of all leaves; printing it gives a table, as does a notebook cell."""
 
     rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()  # what is allowed but odd
 
     @property
     def nbytes(self) -> int:
@@ -57,6 +58,7 @@ class Summary:
                 known = row.relative_error is not None
                 cells.append(f"{row.relative_error:.2%}" if known else "")
             table.add_row(*cells)
+        table.caption = "\n".join(self.notes) or None
         return table
 
     def __str__(self):
@@ -71,12 +73,14 @@ class Summary:
         return f"<pre>{self}</pre>"
 
 
-def summary(encoded, params=None) -> Summary:
+def summary(encoded, params=None, inputs=None) -> Summary:
     """Returns the rows of a tree of encoded leaves: path, shape, method, bits, size and error.
 
     Args:
       encoded: what `Quantizer.encode` gives; plain leaves are listed too.
       params: the float tree beside it, for the error columns.
+      inputs: variables with the collections of input quantizers; layers whose grid is signed
+        though their inputs never were negative are named in a note.
 
     Raises:
       ValueError: params have other paths.
@@ -86,7 +90,23 @@ def summary(encoded, params=None) -> Summary:
     floats = None
     if params is not None:
         floats = paths.restrict(paths.flatten(params)[0], named, "encoded tree")
-    return Summary(tuple(_row(path, leaf, floats) for path, leaf in named.items()))
+    rows = tuple(_row(path, leaf, floats) for path, leaf in named.items())
+    return Summary(rows, () if inputs is None else _notes(inputs))
+
+
+def _notes(inputs):
+    buffers = {}
+    for key_path, value in jax.tree_util.tree_flatten_with_path(inputs.get("quant_stats", {}))[0]:
+        layer, _, name = paths.path_name(key_path).rpartition("/")
+        buffers.setdefault(layer, {})[name] = np.min(value)
+    idle = [
+        layer
+        for layer, values in buffers.items()
+        if values.get("low", 0) < 0 <= values.get("least", -1)
+    ]
+    if not idle:
+        return ()
+    return (f"half of a signed grid is idle, inputs are never negative: {', '.join(idle)}",)
 
 
 def size_text(nbytes: int) -> str:

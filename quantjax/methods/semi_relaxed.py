@@ -198,6 +198,7 @@ def srq_input(bits: int, *, signed: bool | None = None, estimator: str = "mode")
       estimator: "mode" or "expectation", see `quantize`.
 
     Learned are log_alpha and log_sigma, set by the first batch as `srq` sets them by the weights.
+    The least input seen is kept: `summary` names layers whose signed grid meets no negative one.
 
     Raises:
       ValueError: bits or estimator.
@@ -207,13 +208,20 @@ def srq_input(bits: int, *, signed: bool | None = None, estimator: str = "mode")
 
     def init(x):
         learned, limits = categories.fit_inputs(x, bits, signed)
-        return QuantState(learned, limits)
+        return QuantState(learned, {**limits, "least": least(x)})
+
+    def least(x):
+        return jnp.min(x, initial=jnp.inf).astype(rounding.work_dtype(x.dtype))
 
     def apply(x, state, *, key=None, update=False):
-        del key, update
+        del key
         alpha, sigma = categories.positive(state.learned)
         low, high = state.buffers["low"], state.buffers["high"]
-        return on_grid(x, alpha, sigma, low, high, estimator), state
+        x_hat = on_grid(x, alpha, sigma, low, high, estimator)
+        if update:
+            seen = jnp.minimum(state.buffers["least"], least(lax.stop_gradient(x)))
+            state = state._replace(buffers={**state.buffers, "least": seen})
+        return x_hat, state
 
     return InputQuantizer(init, apply)
 

@@ -243,6 +243,29 @@ def test_inputs_take_the_grid_of_their_signs():
         np.testing.assert_allclose(x_hat, expected, rtol=1e-5)
 
 
+def test_idle_halves_of_signed_grids_are_said_once_in_the_summary():
+    signed = qj.srq_input(3, signed=True)
+    stats = {
+        "Conv_0": signed.init(jnp.asarray([-1.0, 2.0])).buffers,
+        "Conv_1": signed.init(jnp.asarray([0.0, 2.0])).buffers,
+        "Dense_0": qj.srq_input(3).init(jnp.asarray([0.0, 2.0])).buffers,
+    }
+    weights = tree(np.ones((2, 2)))
+    encoded = qj.srq(3).encode(weights, qj.srq(3).init(weights))
+    text = str(qj.summary(encoded, inputs={"quant_stats": stats}))
+    assert text.count("half of a signed grid is idle") == 1
+    assert "Conv_1" in text
+    assert "Conv_0" not in text
+    assert "idle" not in str(qj.summary(encoded))
+    _, state = signed.apply(
+        jnp.asarray([-0.5]),
+        qj.QuantState(signed.init(jnp.ones(2)).learned, stats["Conv_1"]),
+        update=True,
+    )
+    stats["Conv_1"] = state.buffers  # a later batch has negative inputs after all
+    assert qj.summary(encoded, inputs={"quant_stats": stats}).notes == ()
+
+
 def test_input_grids_are_learned():
     quantizer = qj.srq_input(2, estimator="expectation")  # eq. 3 as written hardly moves them
     x = jnp.asarray(np.random.default_rng(0).uniform(0, 3, 200), jnp.float32)
