@@ -56,6 +56,7 @@ def prune(
         total,
         batch_size=parts.batch_size,
         seed=seed,
+        steps=_compiled(parts, f"surgery, {epochs:g} epochs at {rate:g}", method),
         label="surgery",
     )
     masks = {path: mine["mask"] for path, mine in end.state.buffers.items()}
@@ -73,8 +74,6 @@ def focus(
         qj.focused(bits, refit_every=_steps(parts, 1)),
     )
     method = engine.Method(optimizer(optax.cosine_decay_schedule(rate, total)), quantizer)
-    if "focused" not in parts.compiled:  # masks and widths are in the state
-        parts.compiled["focused"] = engine.make_steps(parts.task, method)
     end = engine.fit(
         parts.task,
         method,
@@ -82,7 +81,7 @@ def focus(
         total,
         batch_size=parts.batch_size,
         seed=seed,
-        steps=parts.compiled["focused"],
+        steps=_compiled(parts, f"focused, {epochs:g} epochs at {rate:g}", method),
         label=f"focused, {bits} bits",
     )
     variables = {name: end.variables[name] for name in start.variables}
@@ -117,6 +116,13 @@ def optimizer(rate) -> optax.GradientTransformation:
     """Returns SGD with momentum 0.9; kernels decay, grids do not."""
     decay = optax.add_decayed_weights(DECAY, mask=qj.decay_mask)
     return optax.chain(decay, optax.sgd(rate, momentum=0.9))
+
+
+def _compiled(parts: Protocol, name: str, method: engine.Method) -> engine.Steps:
+    """Returns the steps of that name; densities, masks and widths are in the state."""
+    if name not in parts.compiled:
+        parts.compiled[name] = engine.make_steps(parts.task, method)
+    return parts.compiled[name]
 
 
 def _steps(parts: Protocol, epochs: float) -> int:

@@ -43,8 +43,9 @@ def focused(
 ) -> Quantizer:
     """Quantizes pruned weights to a layer's own powers of two, recentred where it has two modes.
 
-    A weight that is zero stays zero and gets no gradient; another one never becomes zero by the
-    choice of its level. Forward alpha * level, levels chosen for the weight itself; backward
+    A weight that is zero stays zero and gets no gradient (after `surgery` in a chain it cannot
+    recover: let masks settle first); another one never becomes zero by the choice of its level.
+    Forward alpha * level, levels chosen for the weight itself; backward
     dQ/dw = 1, dQ/dalpha = Q / alpha (FQ 3, 7). `init` fits a mixture and gives each weight its
     component, at random where it has a key; they stay until the next fit. Layers with fewer than
     16 non-zero weights, or with those of one sign only, or all equal, are not recentred.

@@ -83,6 +83,9 @@ def of_sums(sums, lowest) -> Histogram:
     return Histogram(count, jnp.concatenate(signed, axis=-1), variance)
 
 
+_histogram = jax.jit(histogram)
+
+
 def moments(hist: Histogram) -> Moments:
     """Returns the counts and the variance of all weights of a histogram."""
     count = jnp.sum(hist.count, axis=-1)
@@ -138,8 +141,13 @@ def fit_mixture(w, mask=None) -> Mixture:
     Args:
       w: floats of any shape.
       mask: of w's shape, or None.
+
+    Raises:
+      ValueError: a mask of another shape.
     """
-    hist = jax.jit(histogram)(jnp.asarray(w), mask)
+    if mask is not None and jnp.shape(mask) != jnp.shape(w):
+        raise ValueError(f"a mask of shape {jnp.shape(mask)} beside weights {jnp.shape(w)}")
+    hist = _histogram(jnp.asarray(w), mask)
     return jax.tree.map(lambda value: value[0], fit(jax.tree.map(lambda value: value[None], hist)))
 
 

@@ -192,7 +192,8 @@ def operations(w, buffers: Mapping) -> Operations:
 def shift_dot(x, w, buffers: Mapping) -> tuple[np.ndarray, int]:
     """Returns (y, exponent): x @ w is y * 2**exponent exactly, by shifts and additions alone.
 
-    Levels are those of the weights, alpha apart. Multiplications by a mean are shifts and
+    Levels are those of the weights, alpha apart; recentred ones from 7 bits on are sums that
+    float32 rounds. Multiplications by a mean are shifts and
     additions, too, one per bit that is set.
 
     Args:

@@ -114,6 +114,11 @@ def test_zeros_and_masked_weights_do_not_count():
         np.testing.assert_allclose(a, b, rtol=2e-3)  # bins are counted from the largest, 7
 
 
+def test_a_mask_of_another_shape():
+    with pytest.raises(ValueError, match=r"a mask of shape \(3, 1\) beside weights \(3, 4\)"):
+        fit_mixture(jnp.ones((3, 4)), jnp.ones((3, 1), bool))
+
+
 def test_layers_fitted_together_are_the_layers_fitted_apart():
     layers = [padded(w)[0] for _, w in list(synthetic())[:4]]
     hists = [jax.jit(mixture_lib.histogram)(w) for w in layers]
