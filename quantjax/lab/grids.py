@@ -26,6 +26,7 @@ class Grids(NamedTuple):
     batch_size: int
     schedule: Callable  # (steps, steps per epoch) -> optax.Schedule
     weight_decay: float
+    mask_rate: float  # how much faster the masks' logits learn
     compiled: dict  # {name: Steps}: one program for all runs of a name
 
     @property
@@ -116,7 +117,7 @@ class Grids(NamedTuple):
     def _adamw(self):
         rate = self.schedule(self.steps, self.steps / self.epochs)
         descend = optax.adamw(rate, weight_decay=self.weight_decay, mask=qj.decay_mask)
-        return optax.chain(descend, faster_masks())
+        return optax.chain(descend, faster_masks(self.mask_rate))
 
 
 class Trained(NamedTuple):
@@ -205,6 +206,7 @@ def make(
     epochs: float,
     schedule: Callable,
     weight_decay: float = 0.01,
+    mask_rate: float = MASK_RATE,
     batch_size: int = 128,
     augment: bool = False,
     symmetric: bool = False,
@@ -215,7 +217,7 @@ def make(
         half = (0.5,) * len(loaded.mean)
         loaded = loaded._replace(mean=half, std=half)
     task = engine.Task(models.build(model, loaded.classes), loaded, augment)
-    return Grids(context, task, epochs, batch_size, schedule, weight_decay, {})
+    return Grids(context, task, epochs, batch_size, schedule, weight_decay, mask_rate, {})
 
 
 def paper_lenet(context: Context) -> Grids:
