@@ -19,8 +19,10 @@ def number(name: str, value, expected: str, holds: Callable):
     """Raises ValueError if a concrete number (or array) is not as expected; traced ones pass."""
     if isinstance(value, jax.core.Tracer) or callable(value):
         return
-    if not np.all(holds(np.asarray(value))):
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
+    array = np.asarray(value)
+    if not np.all(holds(array)):
+        shown = repr(value) if array.ndim else array.item()
+        raise ValueError(f"{name} must be {expected}, got {shown}")
 
 
 def axes(value):

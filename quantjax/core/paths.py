@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 
 import jax
+import numpy as np
 
 WEIGHT_NAMES = ("kernel", "embedding")
 
@@ -35,6 +36,15 @@ def flatten(tree) -> tuple[dict, Callable]:
 def leaf_key(key, path: str):
     """Returns the leaf's own key: the same for the same path, whatever else the tree holds."""
     return None if key is None else jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def leaf_keys(key, paths: Iterable[str]) -> dict:
+    """Returns `{path: leaf_key(key, path)}`; compiles one program however many paths there are."""
+    paths = list(paths)
+    if key is None:
+        return dict.fromkeys(paths)
+    numbers = np.asarray([zlib.crc32(path.encode()) for path in paths], np.uint32)
+    return dict(zip(paths, jax.vmap(jax.random.fold_in, (None, 0))(key, numbers), strict=True))
 
 
 def is_weight(path: str) -> bool:

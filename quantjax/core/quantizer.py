@@ -264,6 +264,11 @@ def chain(*quantizers: Quantizer) -> Quantizer:
             *({path: d[name] for path, d in part.items() if name in d} for part in state)
         )
 
+    def after(params, index, mine):
+        """Returns what the next member sees: what is deployed, so without a key."""
+        last = index == len(quantizers) - 1
+        return params if last else quantizers[index].apply(params, mine)
+
     def member_key(key, index):
         return None if key is None else jax.random.fold_in(key, index)
 
@@ -274,7 +279,7 @@ def chain(*quantizers: Quantizer) -> Quantizer:
             for whole, part in zip(state, mine, strict=True):
                 for path, values in part.items():
                     whole.setdefault(path, {})[str(index)] = values
-            params = quantizer.apply(params, mine)
+            params = after(params, index, mine)
         return state
 
     def apply(params, state, *, key=None):
@@ -289,17 +294,16 @@ def chain(*quantizers: Quantizer) -> Quantizer:
             flat, _ = paths_lib.flatten(params)
             leaves = paths_lib.restrict(flat, owned_paths(mine))
             encoded |= quantizer.encode(leaves, mine)
-            params = quantizer.apply(params, mine)
+            params = after(params, index, mine)
         return rebuild(encoded)
 
     def update(params, state, *, key=None):
-        # Later members see what is deployed, so they are fed without a key.
         buffers = {path: dict(members) for path, members in state.buffers.items()}
         for index, quantizer in enumerate(quantizers):
             mine = quantizer.update(params, member(state, index), key=member_key(key, index))
             for path, values in mine.buffers.items():
                 buffers[path][str(index)] = values
-            params = quantizer.apply(params, mine)
+            params = after(params, index, mine)
         return state._replace(buffers=buffers)
 
     def penalty(state, *, key=None):

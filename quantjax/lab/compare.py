@@ -23,8 +23,8 @@ class Settings:
     """digits, a TFDS image classification set, or a directory of .npy/.npz arrays."""
     model: str | None = None
     """small-cnn, lenet5, lenet5-wide, resnet20/32/56, vgg7, vgg16-bn; by data set if not given."""
-    methods: tuple[str, ...] = methods.DEFAULT
-    """Rows of the table."""
+    methods: tuple[str, ...] | None = None
+    """Rows of the table; all usual ones, or if --quick one of every paper, if not given."""
     bits: tuple[int, ...] | None = None
     """Bit-widths, one row per method and width that it has; 2, or what is usual, if not given."""
     epochs: int | None = None
@@ -38,20 +38,22 @@ class Settings:
     data_dir: Path | None = None
     """Where prepared TFDS sets lie."""
     quick: bool = False
-    """A few epochs of the digits, to see that all works."""
+    """A few epochs, to see that all works."""
 
 
 def resolve(settings: Settings) -> Settings:
     """Fills in the defaults that depend on the data set and checks all names and numbers.
 
     Raises:
-      ValueError: unknown method or model, width outside 2..16, counts below 1; OSError: the
+      ValueError: unknown method or model, width outside 1..16, counts below 1; OSError: the
         report's folder cannot be written. All of it before anything is loaded or trained.
     """
     small = settings.dataset == "digits"
     quick = settings.quick
+    usual = methods.QUICK if quick else methods.DEFAULT
     filled = dataclasses.replace(
         settings,
+        methods=usual if settings.methods is None else settings.methods,
         model=settings.model or models.DEFAULTS.get(settings.dataset),  # None: by image size
         epochs=(4 if quick else 20 if small else 5) if settings.epochs is None else settings.epochs,
         batch_size=(32 if small else 128) if settings.batch_size is None else settings.batch_size,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import quantjax as qj
@@ -11,33 +12,31 @@ from quantjax.core.quantizer import InputQuantizer, Quantizer
 from quantjax.lab import data, engine, models
 from quantjax.lab.deploy import Deployed, deploy
 from quantjax.lab.recipes import Context
-from quantjax.methods.semi_relaxed import width_name, widths
+from quantjax.methods.semi_relaxed import srq, srq_input, width_name, widths, with_widths
 
 MASK_RATE = 10  # the masks' logits learn that much faster: a short training has to move them
 
 
 class Grids(NamedTuple):
-    """Data, network and length of a table's training; `make` builds one."""
+    """Data, network and schedule of a table's training; `make` builds one."""
 
     context: Context
     task: engine.Task
     epochs: float
     batch_size: int
-    rate: float  # peak learning rate of AdamW
+    schedule: Callable  # (steps, steps per epoch) -> optax.Schedule
     weight_decay: float
     compiled: dict  # {name: Steps}: one program for all runs of a name
 
     @property
     def steps(self) -> int:
         """Steps of one training."""
-        per_epoch = len(self.task.dataset.train.labels) // self.batch_size
-        return self.context.steps(self.epochs, per_epoch)
+        return self.context.steps(self.epochs, self._per_epoch)
 
     def float_net(self, seed: int) -> dict:
         """Returns the variables of the network trained in full precision."""
-        return self._fit(
-            "float", engine.Method(self._adamw()), self.task.init(seed), seed
-        ).variables
+        method = engine.Method(self._adamw())
+        return self._fit("float", method, self.task.init(seed), seed).variables
 
     def train(
         self,
@@ -56,8 +55,33 @@ class Grids(NamedTuple):
         shipped = deploy(state.variables, quantizer, state.state)
         evaluate = engine.make_evaluate(self.task, inputs)
         accuracy = evaluate(shipped.variables, self.task.dataset.test).accuracy
-        learned = [width_name(width) for width in widths(state.state).values()]
-        return Trained(round(100 - accuracy, 2), "/".join(learned), state, shipped)
+        return Trained(round(100 - accuracy, 2), widths(state.state), state, shipped)
+
+    def learned(
+        self, bits: int, penalty: float, seed: int, start: Mapping | None = None
+    ) -> "Trained":
+        """Trains with learned widths in the first half, and at these in the second (appendix F)."""
+        quantizer = srq(
+            bits,
+            learn_bits=True,
+            freeze_after=self.steps // 2,
+            penalty=penalty,
+            estimator="expectation",
+        )
+        inputs = srq_input(bits, estimator="expectation")
+        return self.train(f"learned, {bits}, {penalty}", quantizer, inputs, seed, start)
+
+    def fixed(
+        self, bits: int, chosen: Mapping[str, int], seed: int, start: Mapping | None = None
+    ) -> "Trained":
+        """Trains at the widths {path: width} from the first step: the twin of learned ones."""
+        quantizer = srq(bits, learn_bits=True, freeze_after=0, estimator="expectation")
+
+        def init(params, key=None):
+            return with_widths(quantizer.init(params, key), bits, chosen)
+
+        inputs = srq_input(bits, estimator="expectation")
+        return self.train(f"fixed, {bits}", quantizer._replace(init=init), inputs, seed, start)
 
     def error(self, variables: Mapping) -> float:
         """Returns the test error of a float network in percent."""
@@ -70,6 +94,10 @@ class Grids(NamedTuple):
         train = data.Split(*(part[:count] for part in dataset.train))
         task = self.task._replace(dataset=dataset._replace(train=train))
         return self._replace(task=task, compiled={})
+
+    @property
+    def _per_epoch(self):
+        return len(self.task.dataset.train.labels) // self.batch_size
 
     def _fit(self, name, method, variables, seed):
         if name not in self.compiled:
@@ -86,8 +114,7 @@ class Grids(NamedTuple):
         )
 
     def _adamw(self):
-        warm = max(1, self.steps // 20)
-        rate = optax.warmup_cosine_decay_schedule(self.rate / 10, self.rate, warm, self.steps)
+        rate = self.schedule(self.steps, self.steps / self.epochs)
         descend = optax.adamw(rate, weight_decay=self.weight_decay, mask=qj.decay_mask)
         return optax.chain(descend, faster_masks())
 
@@ -96,9 +123,64 @@ class Trained(NamedTuple):
     """A network trained with learned grids."""
 
     error: float  # of the deployed network on the test set, percent
-    widths: str  # of its layers, such as 3/2/3/3 or 2/2/2/T
+    widths: dict  # of its layers by path; 1 is ternary
     state: engine.TrainState
     shipped: Deployed
+
+    @property
+    def named_widths(self) -> str:
+        """As in the paper's tables: 3/2/3/3 or 2/2/2/T."""
+        return "/".join(map(width_name, self.widths.values()))
+
+    def row(self, name: str, bits: int, seed: int) -> dict:
+        """Returns the row of a record; `bits` are those of the layers' inputs."""
+        return {
+            "row": name,
+            "bits": bits,
+            "seed": seed,
+            "error": self.error,
+            "widths": self.named_widths,
+        }
+
+
+def plain(bits: int, estimator: str, dropbits: bool = False) -> tuple[Quantizer, InputQuantizer]:
+    """Returns SRQ for weights and for layer inputs."""
+    quantizer = srq(bits, dropbits=dropbits, estimator=estimator)
+    return quantizer, srq_input(bits, estimator=estimator)
+
+
+def short(peak: float) -> Callable:
+    """Returns the schedule of a short training: warmed up, then a cosine down to 0."""
+
+    def schedule(steps, per_epoch):
+        del per_epoch
+        warm = max(1, steps // 20)
+        return optax.warmup_cosine_decay_schedule(peak / 10, peak, warm, max(steps, warm + 1))
+
+    return schedule
+
+
+def decaying(rate: float, last: float, factor: float, drops: Mapping[float, float] | None = None):
+    """Returns appendix F's: `rate`, times drops[share of the steps], times `factor` per late epoch.
+
+    Args:
+      rate: at first.
+      last: number of epochs in which it decays by `factor` each.
+      factor: of one such epoch.
+      drops: {share of all steps: what it is multiplied with from there on}.
+    """
+
+    def schedule(steps, per_epoch):
+        def at(step):
+            late = jnp.maximum(step - (steps - last * per_epoch), 0)
+            value = rate * factor ** jnp.floor(late / per_epoch)
+            for share, drop in (drops or {}).items():
+                value = value * jnp.where(step >= share * steps, drop, 1)
+            return value
+
+        return at
+
+    return schedule
 
 
 def faster_masks(factor: float = MASK_RATE) -> optax.GradientTransformation:
@@ -121,7 +203,7 @@ def make(
     model: str | Callable,
     *,
     epochs: float,
-    rate: float,
+    schedule: Callable,
     weight_decay: float = 0.01,
     batch_size: int = 128,
     augment: bool = False,
@@ -133,4 +215,29 @@ def make(
         half = (0.5,) * len(loaded.mean)
         loaded = loaded._replace(mean=half, std=half)
     task = engine.Task(models.build(model, loaded.classes), loaded, augment)
-    return Grids(context, task, epochs, batch_size, rate, weight_decay, {})
+    return Grids(context, task, epochs, batch_size, schedule, weight_decay, {})
+
+
+def paper_lenet(context: Context) -> Grids:
+    """Returns LeNet-5 (32-64-512) on MNIST by appendix F: 100 epochs."""
+    return make(
+        context,
+        "mnist",
+        "lenet5-wide",
+        epochs=100,
+        schedule=decaying(5e-4, last=50, factor=0.8),
+        symmetric=True,
+    )
+
+
+def paper_vgg(context: Context) -> Grids:
+    """Returns VGG-7 on CIFAR-10 by appendix F: 300 epochs with crops and flips."""
+    return make(
+        context,
+        "cifar10",
+        "vgg7",
+        epochs=300,
+        schedule=decaying(1e-4, last=50, factor=0.9, drops={0.5: 0.1}),
+        weight_decay=0.02,
+        augment=True,
+    )

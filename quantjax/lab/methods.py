@@ -10,6 +10,7 @@ import optax
 from quantjax.core import checks, paths
 from quantjax.core.quantizer import Quantizer, chain, decay_mask, weights
 from quantjax.lab.engine import Method
+from quantjax.lab.grids import faster_masks
 from quantjax.lab.names import nearest_name_error
 from quantjax.methods.alq import alq, alq_state
 from quantjax.methods.alq_schedule import alq_rounds
@@ -17,6 +18,8 @@ from quantjax.methods.focused import focused
 from quantjax.methods.multibit import multi_bit
 from quantjax.methods.pruning import magnitude, surgery
 from quantjax.methods.psg import psg, scale_by_position
+from quantjax.methods.relaxed import rq
+from quantjax.methods.semi_relaxed import srq
 from quantjax.methods.uniform import uniform, zero
 
 # lambda_s by width, found on 300 held-out digits with three seeds (appendix G of the paper): the
@@ -95,6 +98,27 @@ def _psg_adam(bits, total):
     return Plan(Method(descent), uniform(bits))
 
 
+def _learned_grid(quantizer, total):
+    rate = optax.warmup_cosine_decay_schedule(1e-4, 1e-3, total // 20, max(total, 2))
+    descent = optax.chain(optax.adamw(rate, weight_decay=0.01, mask=decay_mask), faster_masks())
+    return Plan(Method(descent, quantizer))
+
+
+def _rq(bits, total):
+    return _learned_grid(rq(bits), total)
+
+
+def _srq(bits, total, dropbits=False):
+    return _learned_grid(srq(bits, dropbits=dropbits, estimator="expectation"), total)
+
+
+def _dropbits_learned(bits, total):
+    quantizer = srq(
+        bits, learn_bits=True, freeze_after=total // 2, penalty=1e-2, estimator="expectation"
+    )
+    return _learned_grid(quantizer, total)
+
+
 def _pruned(bits, total):
     _check_width(bits, METHODS["pruned"].widths)
     quantizer = surgery(DENSITY, end=max(1, 3 * total // 4))
@@ -164,6 +188,14 @@ METHODS = {
     "psg": Entry("PSG", _psg),
     "psg-directional": Entry("PSG, directional", lambda bits, total: _psg(bits, total, True)),
     "psg-adam": Entry("PSG with Adam", _psg_adam),
+    "rq": Entry("RQ", _rq, True, range(2, 9), shared=False),
+    "srq": Entry("SRQ", _srq, True, range(2, 9)),
+    "srq+dropbits": Entry(
+        "SRQ, DropBits", partial(_srq, dropbits=True), True, range(2, 9), shared=False
+    ),
+    "dropbits-learned": Entry(
+        "DropBits, learned", _dropbits_learned, True, range(2, 9), 3, shared=False
+    ),
     "pruned": Entry("pruned", _pruned, True, range(32, 33), 32),
     "focused": Entry("pruned and focused", _focused, True, range(3, 9), 5),
     "psg-sparse": Entry("PSG to zero, focused", _psg_sparse, True, range(3, 9), 5),
@@ -172,6 +204,7 @@ METHODS = {
         "ALQ, half a bit", partial(_alq, average=0.5), True, range(1, 2), 1, False, False
     ),
 }
+QUICK = ("sgd", "psg", "srq", "alq", "focused")  # one of every paper
 DEFAULT = tuple(name for name, entry in METHODS.items() if entry.by_default)
 
 

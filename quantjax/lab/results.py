@@ -8,7 +8,7 @@ import numpy as np
 from quantjax.lab.recipes import FOLDER
 
 BEGIN, END = "<!-- results: written by `quantjax results --write README.md` -->", "<!-- end -->"
-COLUMNS = ("full precision", "low precision", "accuracy", "sparse", "MSE")
+COLUMNS = ("full precision", "low precision", "accuracy", "sparse", "error", "widths", "MSE")
 
 
 def show(write: Path | None = None, folder: Path = FOLDER / "results"):
@@ -69,7 +69,7 @@ def _section(record: dict) -> str:
         cells = [_mean([row[column] for row in rows if column in row]) for column in used]
         paper = rows[0].get("paper", {})
         told = [" / ".join(f"{paper[c]:g}" for c in used if c in paper)] if with_paper else []
-        lines.append([name, f"{size:g}", *cells, *told])
+        lines.append([name, "" if size is None else f"{size:g}", *cells, *told])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     seeds = len({row["seed"] for rows in groups.values() for row in rows})
     notes = [
@@ -85,9 +85,11 @@ def _section(record: dict) -> str:
     return f"**{record['title']}**\n{', '.join(notes)}: `{record['command']}`\n\n{table}"
 
 
-def _mean(values: list[float]) -> str:
+def _mean(values: list) -> str:
     if not values:
         return ""
+    if isinstance(values[0], str):
+        return ", ".join(dict.fromkeys(values))
     digits = 2 if max(map(abs, values)) >= 1 else 3
     deviation = f" ± {np.std(values):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{deviation}"

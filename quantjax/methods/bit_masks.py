@@ -51,8 +51,8 @@ def bit_penalty(masks, probs, *, temperature=0.2, gamma=-0.1, zeta=1.1):
 
 
 @functools.cache
-def cells(bits: int, count: int, single: bool) -> Cells:
-    """Returns the runs of codes under one mask, or every code by itself."""
+def cells(bits: int, count: int) -> Cells:
+    """Returns the runs of codes under one of `count` masks."""
     if count == bits - 1:
         mask = bit_levels(bits)
     elif count == 2 ** (bits - 1) - 1:
@@ -63,6 +63,7 @@ def cells(bits: int, count: int, single: bool) -> Cells:
             f"points, got {count}"
         )
     codes = np.arange(mask.size) - mask.size // 2
-    first = np.ones(mask.size, bool) if single else np.append(True, mask[1:] != mask[:-1])
-    low = codes[first]
-    return Cells(low, np.append(low[1:] - 1, codes[-1]), mask[first])
+    first = np.append(True, mask[1:] != mask[:-1])
+    low, high = codes[first], codes[np.append(first[1:], True)]
+    # 32 bits: one type of index whether or not x64 is on.
+    return Cells(*(part.astype(np.int32) for part in (low, high, mask[first])))

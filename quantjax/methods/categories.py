@@ -39,10 +39,20 @@ class Estimate(NamedTuple):
     sds: Any  # s times the derivative by s
 
 
+class _Place(NamedTuple):
+    """Where x lies, in units of the grid."""
+
+    t: Any
+    s: Any
+    point: Any  # the nearest one of a cell that no mask removes
+    shift: Any  # |t - point|
+
+
 class _Edge(NamedTuple):
     """The border of two cells at the signed distance u = t - edge."""
 
     u: Any
+    arm: Any  # point - edge: of u what does not cancel far from the grid
     near: Any  # exp(-s |u|), relative to the nearest cell
     inverse: Any  # 1 / (1 + exp(-s |u|))
 
@@ -120,8 +130,8 @@ def log_masses(t, s, codes):
 
 def mode(t, s, code, low, high) -> Estimate:
     """The largest of all cells low .. high, which is `code`, under eq. 3: d(code * share)."""
-    a, b = _edge(t - code + 0.5, s), _edge(t - code - 0.5, s)
-    A, B = _edge(t - low + 0.5, s), _edge(t - high - 0.5, s)
+    a, b = _plain_edge(t - code + 0.5, s), _plain_edge(t - code - 0.5, s)
+    A, B = _plain_edge(t - low + 0.5, s), _plain_edge(t - high - 0.5, s)
     width = high - low + 1
     # A mass is (1 - exp(-s width)) F(right) (1 - F(left)). The cell of the mode is as near as the
     # grid, and beyond the grid they share an edge: in ratios and differences that cancels exactly.
@@ -135,15 +145,16 @@ def mode(t, s, code, low, high) -> Estimate:
 
 def masked_mode(t, s, cells: Cells, masks):
     """Returns the code of largest mask times mass; masks: [1 + count, *group]."""
-    return _best(t, s, cells, masks, _distance(t, cells, masks))
+    return _best(_nearest(t, s, cells, masks)[0], cells, masks)
 
 
 def masked_mode_estimate(t, s, cells: Cells, masks):
     """Returns `masked_mode` under eq. 3, and (cotangent -> cotangents of the masks)."""
-    shift = _distance(t, cells, masks)
-    code = _kept(_best(t, s, cells, masks, shift))
-    ((total, _, slope, moment),) = _kept(_sums(t, s, cells, (masks[cells.mask],), shift))
-    a, b = _edge(t - code + 0.5, s, shift), _edge(t - code - 0.5, s, shift)
+    place, _ = _nearest(t, s, cells, masks)
+    code = _kept(_best(place, cells, masks))
+    _, jump = _beside(masks[cells.mask])
+    ((total, _, slope, moment),) = _kept(_sums(place, cells, (lambda i: jump[i],)))
+    a, b = _edge(place, code - 0.5), _edge(place, code + 0.5)
     beside = _choose(b.u > 0, b.near, _choose(a.u < 0, a.near, 1))
     unmasked_share = -jnp.expm1(-s) * beside * a.inverse * b.inverse / total
 
@@ -153,11 +164,9 @@ def masked_mode_estimate(t, s, cells: Cells, masks):
 
     z = _loop(len(cells.low), mask_of, jnp.zeros_like(t))
     weight = code * z * unmasked_share
-    estimate = Estimate(
-        code,
-        weight * s * (a.below - b.above + slope / total),
-        weight * (s * (a.u * a.below - b.u * b.above + moment / total) + _width_term(s, 1)),
-    )
+    dt = s * (a.below - b.above + slope / total)
+    sds = s * (a.arm * a.below - b.arm * b.above + moment / total) + (t - place.point) * dt
+    estimate = Estimate(code, weight * dt, weight * (sds + _width_term(s, 1)))
 
     def to_masks(cotangent):
         own, others = _kept((cotangent * code * unmasked_share, cotangent * weight / total))
@@ -166,20 +175,20 @@ def masked_mode_estimate(t, s, cells: Cells, masks):
             mine = (cell.low <= code) & (code <= cell.high)
             return jnp.where(mine, own, 0) - others * mass
 
-        return _over_masks(t, s, cells, masks, shift, of_cell)
+        return _over_masks(place, cells, masks, of_cell)
 
     return estimate, to_masks
 
 
 def expectation(t, s, low, high) -> Estimate:
     """The mean of all categories low .. high, sum_i r_i n_i; low and high may be traced."""
-    shift = jnp.abs(t - jnp.clip(t, low - 0.5, high + 0.5))
-    code = _holding(t, low, high)
-    left = _parts(_edge(t - low + 0.5, s, shift))
-    right = _parts(_edge(t - high - 0.5, s, shift))
+    point = jnp.clip(t, low - 0.5, high + 0.5)
+    place = _Place(t, s, point, jnp.abs(t - point))
+    code = jnp.clip(_held(t), low, high)
+    left, right = _parts(_edge(place, low - 0.5)), _parts(_edge(place, high + 0.5))
 
     def minus(i, sums):
-        parts = _parts(_edge(t - low - i - 0.5, s, shift))
+        parts = _parts(_edge(place, low + i + 0.5))
         return tuple(total - part for total, part in zip(sums, parts, strict=True))
 
     # An edge counts for the code left of it and against the one right of it: 1 less inside.
@@ -187,38 +196,44 @@ def expectation(t, s, low, high) -> Estimate:
     count = count if isinstance(count, int) else count.astype(jnp.int32)
     total = tuple(b - a for a, b in zip(left, right, strict=True))
     first = tuple((high - code) * b - (low - code) * a for a, b in zip(left, right, strict=True))
-    return _mean(s, code, total, _kept(_loop(count, minus, first)))
+    return _mean(place, code, total, _kept(_loop(count, minus, first)))
 
 
 def masked_expectation(t, s, cells: Cells, masks):
     """Returns the mean of all masked categories, and (cotangent -> cotangents of the masks)."""
-    shift = _distance(t, cells, masks)
-    code = _holding(t, cells.low[0], cells.high[-1])
-    z = masks[cells.mask]
-    nz = z * cells.low.reshape(-1, *[1] * (z.ndim - 1))
-    total, first = _kept(_sums(t, s, cells, (z, nz), shift))
-    first = tuple(a - code * b for a, b in zip(first, total, strict=True))
-    estimate = _mean(s, code, total, first)
+    place, code = _nearest(t, s, cells, masks)
+    cells = _codes(cells)
+    right, jump = _beside(masks[cells.mask])
+
+    def first_jump(i):  # of z (n - code): formed from the distance, since z n and z code cancel
+        return jump[i] * (i + float(cells.low[0] - 1) - code) - right[i]
+
+    total, first = _kept(_sums(place, cells, (lambda i: jump[i], first_jump)))
+    estimate = _mean(place, code, total, first)
 
     def to_masks(cotangent):
-        weight, value = _kept((cotangent / total[0], estimate.value))
+        weight, offset = _kept((cotangent / total[0], first[1] / total[0]))
 
         def of_cell(cell, mass):
-            return weight * (cell.low - value) * mass
+            return weight * (cell.low - code - offset) * mass
 
-        return _over_masks(t, s, cells, masks, shift, of_cell)
+        return _over_masks(place, cells, masks, of_cell)
 
     return estimate, to_masks
 
 
-def _edge(u, s, shift=None) -> _Edge:
-    """An edge at distance u; `near` is relative to a cell at distance `shift`."""
-    if shift is None:
-        near = decay = jnp.exp(-s * jnp.abs(u))
-        return _Edge(u, near, 1 / (1 + decay), decay)
-    near = _kept(jnp.exp(-s * jnp.maximum(jnp.abs(u) - shift, 0)))
-    decay = near * jnp.exp(-s * shift)
-    return _Edge(u, near, _kept(1 / (1 + decay)), decay)
+def _edge(place, e) -> _Edge:
+    """The edge e; `near` is relative to the nearest cell."""
+    u = place.t - e
+    near = _kept(jnp.exp(-place.s * jnp.maximum(jnp.abs(u) - place.shift, 0)))
+    decay = near * jnp.exp(-place.s * place.shift)
+    return _Edge(u, place.point - e, near, _kept(1 / (1 + decay)), decay)
+
+
+def _plain_edge(u, s) -> _Edge:
+    """The edge at distance u, relative to nothing."""
+    decay = jnp.exp(-s * jnp.abs(u))
+    return _Edge(u, u, decay, 1 / (1 + decay), decay)
 
 
 def _kept(arrays):
@@ -227,48 +242,59 @@ def _kept(arrays):
 
 
 def _parts(edge):
-    """F as a mass and as a tail, F' and u F'."""
+    """F as a mass and as a tail, F' and F' times its arm."""
     slope = edge.slope
-    return edge.mass, edge.tail, slope, edge.u * slope
+    return edge.mass, edge.tail, slope, edge.arm * slope
 
 
-def _holding(t, low, high):
-    """The code whose cell holds t, the nearest one beyond low .. high."""
-    return jnp.clip(jnp.ceil(t - 0.5), low, high)
+def _mean(place, code, total, first) -> Estimate:
+    """From the `_parts` of sum_i r_i and of sum_i r_i (n_i - code), the code whose cell holds t.
 
-
-def _mean(s, code, total, first) -> Estimate:
-    """From the `_parts` of sum_i r_i and of sum_i r_i (n_i - code), the code holding t.
-
-    The limits of F add up to 0 in the latter: its tails are all of it, and nothing cancels.
+    The limits of F add up to 0 in the latter: its tails are all of it, and nothing cancels. Beyond
+    the grid, or in a cell that a mask removes, it is the nearest code.
     """
     mass, _, slope, moment = total
     _, tail, first_slope, first_moment = first
     offset = tail / mass
-    return Estimate(
-        code + offset,
-        s * (offset * slope - first_slope) / mass,
-        s * (offset * moment - first_moment) / mass,
-    )
+    dt = place.s * (offset * slope - first_slope) / mass
+    sds = place.s * (offset * moment - first_moment) / mass + (place.t - place.point) * dt
+    return Estimate(code + offset, dt, sds)
 
 
 def _width_term(s, width):
     return s * width / jnp.expm1(s * width)
 
 
-def _distance(t, cells, masks):
-    """How far the nearest cell is that no mask removes."""
+def _nearest(t, s, cells, masks):
+    """The place of t, and the nearest code that no mask removes: the left one of two."""
+    held = _held(t)
 
     def visit(i, least):
         cell, z = _at(cells, masks, i)
-        distance = jnp.abs(t - jnp.clip(t, cell.low - 0.5, cell.high + 0.5))
-        return jnp.where(z > 0, jnp.minimum(least, distance), least)
+        point = jnp.clip(t, cell.low - 0.5, cell.high + 0.5)
+        mine = jnp.abs(t - point), point, jnp.clip(held, cell.low, cell.high)
+        return _choose((z > 0) & (mine[0] < least[0]), mine, least)
 
-    return _loop(len(cells.low), visit, jnp.full_like(t, jnp.inf))
+    far = jnp.full_like(t, jnp.inf)
+    shift, point, code = _loop(len(cells.low), visit, (far, t, jnp.zeros_like(t)))
+    return _Place(t, s, point, shift), code
 
 
-def _best(t, s, cells, masks, shift):
+def _held(t):
+    """The code whose cell holds t, its right edge included; exact, as ceil(t - 0.5) is not."""
+    code = jnp.round(t)
+    return jnp.where(t - code == -0.5, code - 1, code)
+
+
+def _codes(cells):
+    """The same with every code in a cell of its own."""
+    codes = np.arange(cells.low[0], cells.high[-1] + 1, dtype=cells.low.dtype)
+    return Cells(codes, codes, np.repeat(cells.mask, cells.high - cells.low + 1))
+
+
+def _best(place, cells, masks):
     """The code of the largest category: of a cell's codes the nearest can be it."""
+    t, s = place.t, place.s
     code = jnp.round(t)
     sides = jnp.exp(-s * jnp.abs(t - code + 0.5)), jnp.exp(-s * jnp.abs(t - code - 0.5))
     holding = 1 / ((1 + sides[0]) * (1 + sides[1]))
@@ -283,35 +309,40 @@ def _best(t, s, cells, masks, shift):
         return _choose(mine[0] > best[0], mine, best)
 
     nothing = jnp.zeros_like(t)
-    return _fold(t, s, cells, masks, shift, visit, (nothing, nothing))[1]
+    return _fold(place, cells, masks, visit, (nothing, nothing))[1]
 
 
 def _choose(condition, these, those):
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), these, those)
 
 
-def _sums(t, s, cells, weights, shift):
-    """Sums of masses and of their two slopes, weighted by cell: `_parts` for each of `weights`."""
+def _beside(z):
+    """The masks right of every edge, and how much larger those left of it are."""
+    end = jnp.zeros_like(z[:1])
+    right = jnp.concatenate([z, end])
+    return right, jnp.concatenate([end, z]) - right
+
+
+def _sums(place, cells, jumps):
+    """Sums over edges of `_parts`, once for each of `jumps`, functions of the edge's index.
+
+    An edge counts for the cell left of it and against the one right of it.
+    """
     edges = np.append(cells.low[0] - 0.5, cells.high + 0.5)
-    # An edge counts for the cell left of it and against the one right of it.
-    ends = [jnp.zeros_like(w[:1]) for w in weights]
-    jumps = [
-        jnp.concatenate([end, w]) - jnp.concatenate([w, end])
-        for end, w in zip(ends, weights, strict=True)
-    ]
 
     def add(i, sums):
-        edge = edges[i] if isinstance(i, int) else jnp.asarray(edges, t.dtype)[i]
-        parts = _parts(_edge(t - edge, s, shift))
-        return tuple(
-            tuple(total + jump[i] * part for total, part in zip(mine, parts, strict=True))
-            for mine, jump in zip(sums, jumps, strict=True)
-        )
+        edge = edges[i] if isinstance(i, int) else jnp.asarray(edges, place.t.dtype)[i]
+        parts = _parts(_edge(place, edge))
+        out = []
+        for mine, jump in zip(sums, jumps, strict=True):
+            weight = jump(i)
+            out.append(tuple(a + weight * part for a, part in zip(mine, parts, strict=True)))
+        return tuple(out)
 
-    return _loop(len(edges), add, ((jnp.zeros_like(t),) * 4,) * len(weights))
+    return _loop(len(edges), add, ((jnp.zeros_like(place.t),) * 4,) * len(jumps))
 
 
-def _over_masks(t, s, cells, masks, shift, of_cell):
+def _over_masks(place, cells, masks, of_cell):
     """Sums `of_cell(cell, its mass without the mask)` over all elements, by mask."""
 
     def term(cell, left, right):
@@ -322,25 +353,25 @@ def _over_masks(t, s, cells, masks, shift, of_cell):
         def add(cell, z, left, right, out):
             return out.at[cell.mask].add(sum_to(term(cell, left, right), out.shape[1:]))
 
-        return _fold(t, s, cells, masks, shift, add, jnp.zeros_like(masks))
+        return _fold(place, cells, masks, add, jnp.zeros_like(masks))
 
     def collect(cell, z, left, right, terms):  # one sum over elements for each mask, not each cell
         return {**terms, cell.mask: terms.get(cell.mask, 0) + term(cell, left, right)}
 
-    terms = _kept(_fold(t, s, cells, masks, shift, collect, {}))
+    terms = _kept(_fold(place, cells, masks, collect, {}))
     return jnp.stack([sum_to(terms[k], masks.shape[1:]) for k in range(len(masks))])
 
 
-def _fold(t, s, cells, masks, shift, visit, carry):
+def _fold(place, cells, masks, visit, carry):
     """Runs `visit(cell, z, left edge, right edge, carry)` over all cells; edges are formed once."""
 
     def body(i, both):
         left, carry = both
         cell, z = _at(cells, masks, i)
-        right = _edge(t - cell.high - 0.5, s, shift)
+        right = _edge(place, cell.high + 0.5)
         return right, visit(cell, z, left, right, carry)
 
-    first = _edge(t - cells.low[0] + 0.5, s, shift)
+    first = _edge(place, cells.low[0] - 0.5)
     return _loop(len(cells.low), body, (first, carry))[1]
 
 

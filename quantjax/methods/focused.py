@@ -7,14 +7,13 @@ positive ones of a layer with one mode). FQ n is a number in the notes to the pa
 """
 
 import functools
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from quantjax.core import order, paths, qarray
+from quantjax.core import checks, order, paths, qarray
 from quantjax.core.quantizer import Quantizer, leafwise
 from quantjax.methods import mixture as mixture_lib
 from quantjax.methods import shift
@@ -68,8 +67,7 @@ def focused(
       ValueError: an argument outside its range.
     """
     least = 2 if min_separation == np.inf else 3
-    if not (isinstance(bits, int) and not isinstance(bits, bool) and least <= bits <= 8):
-        raise ValueError(f"bits must be a whole number in {least}..8, got {bits!r}")
+    checks.bits(bits, least, 8)
     if not min_separation >= 0:
         raise ValueError(f"min_separation must not be negative, got {min_separation!r}")
     if refit_every is not None and not (isinstance(refit_every, int) and refit_every >= 1):
@@ -81,9 +79,9 @@ def focused(
         return _fit(
             leaves,
             {path: mine["limit"] for path, mine in buffers.items()},
-            {path: paths.leaf_key(key, path) for path in leaves},
-            groups=_alike(leaves),
-            min_separation=min_separation,
+            paths.leaf_keys(jax.random.key(0) if key is None else key, leaves),
+            key is not None,
+            min_separation,
             search=bias == "error",
         )
 
@@ -110,25 +108,26 @@ def focused(
         buffers = {
             path: {**mine, "count": mine["count"] + 1} for path, mine in state.buffers.items()
         }
-        due = {path: mine["count"] >= mine["wait"] for path, mine in buffers.items()}
+        # Leaves begin together, and their counts stay the same.
+        one = next(iter(buffers.values()))
 
         def refit(buffers):
             out = {}
             for path, new in fit(leaves, buffers, key).items():
-                old = buffers[path]
-                wait = old["wait"]
-                new |= {"limit": old["limit"], "count": jnp.zeros_like(wait), "wait": 2 * wait}
-                out[path] = jax.tree.map(functools.partial(jnp.where, due[path]), new, old)
+                wait = buffers[path]["wait"]
+                new |= {"count": jnp.zeros_like(wait), "wait": 2 * wait}
+                out[path] = buffers[path] | new
             return out
 
-        any_due = functools.reduce(jnp.logical_or, due.values())
-        return state._replace(buffers=lax.cond(any_due, refit, lambda old: old, buffers))
+        due = one["count"] >= one["wait"]
+        return state._replace(buffers=lax.cond(due, refit, lambda old: old, buffers))
 
     moving = {} if refit_every is None else {"update": update}
     return base._replace(init=init, **moving)
 
 
 @jax.custom_jvp
+@jax.jit  # outside of jit one program, not one per operation
 def _quantize(x, alpha, buffers):
     value = shift.level(shift.choose(x, buffers), buffers) * alpha
     return jnp.where(jnp.isnan(x), x, value)
@@ -172,94 +171,103 @@ def _symbols(leaf, alpha, buffers, bits):
     return codes, levels * alpha[..., None]
 
 
-@functools.partial(jax.jit, static_argnames=("groups", "search"))
-def _fit(leaves, limits, keys, *, groups, min_separation, search) -> dict:
-    """Returns what a fit writes into the buffers of every leaf; all mixtures in one loop."""
-    stacked = [
-        jax.tree.map(
-            lambda *parts: jnp.stack(parts), *((leaves[p], limits[p], keys[p]) for p in group)
-        )
-        for group in groups
-    ]
-    hists = [jax.vmap(mixture_lib.histogram)(leaf) for leaf, _, _ in stacked]
-    hists = jax.tree.map(lambda *parts: jnp.concatenate(parts), *hists)
+@functools.partial(jax.jit, static_argnames="search")
+def _fit(leaves, limits, keys, sampled, min_separation, *, search) -> dict:
+    """Returns what a fit writes into the buffers of every leaf.
+
+    Only what must read the weights is done leaf by leaf; all else is of shape [leaves], which is
+    a fraction of the compiling. Whether components are sampled is data, for the same reason.
+    """
+    sums = [mixture_lib.bin_sums(leaf) for leaf in leaves.values()]
+    hists = mixture_lib.of_sums(*(jnp.stack(parts) for parts in zip(*sums, strict=True)))
     mixtures, moments = mixture_lib.fit(hists), mixture_lib.moments(hists)
-    two_modes = mixture_lib.separation(mixtures, moments.variance) >= min_separation
-    two_modes &= (moments.count >= FEWEST) & (moments.variance > 0)
-    two_modes &= (moments.negative > 0) & (moments.negative < moments.count)
-    layers = mixtures, two_modes, *mixture_lib.regions(mixtures)
-    one, out, done = functools.partial(_fit_leaf, search=search), {}, 0
-    for group, members in zip(groups, stacked, strict=True):
-        rows = slice(done, done + len(group))
-        mine = jax.tree.map(lambda part, rows=rows: part[rows], layers)
-        fitted = jax.vmap(one)(*members, *mine)
-        done = rows.stop
-        for i, path in enumerate(group):
-            out[path] = jax.tree.map(lambda part, i=i: part[i], fitted)
+    limit = jnp.stack([jnp.squeeze(limits[path]) for path in leaves])
+    recentred = mixture_lib.separation(mixtures, moments.variance) >= min_separation
+    recentred &= (moments.count >= FEWEST) & (moments.variance > 0) & (limit >= 3)
+    recentred &= (moments.negative > 0) & (moments.negative < moments.count)
+    border, inside = mixture_lib.regions(mixtures)
+    two = recentred[:, None]
+    layers = {
+        # One mode: c+ is what lies outside of the negative numbers.
+        "border": jnp.where(two, border, jnp.asarray([[-jnp.finfo(jnp.float32).max, 0]])),
+        "inside": recentred & inside,
+        "mean": jnp.where(two, _narrow(mixtures.mean, [leaf.dtype for leaf in leaves.values()]), 0),
+        "std": jnp.where(two, shift.power_of_two(mixtures.std), 1),
+        "recentred": recentred,
+        "limit": limit,
+    }
+    odds, components = mixture_lib.odds(mixtures), {}
+    for i, (path, leaf) in enumerate(leaves.items()):
+        mine = jax.tree.map(lambda part, i=i: part[i], odds)
+        component = mixture_lib.draw(keys[path], leaf, mine, sampled)
+        kept = recentred[i] & shift.alive(leaf)
+        components[path] = jnp.where(kept, component, 0).astype(jnp.int8)
+    # Drawn once: the compiler would draw again for every use.
+    components = lax.optimization_barrier(components)
+    weights = list(leaves.values()), list(components.values())
+    count = jnp.sum(hists.count.astype(jnp.int32), axis=-1)
+    bias = _overflow_bias(*weights, layers, count)
+    if search:
+        bias = _best_bias(*weights, layers, bias)
+    layers = _finish(layers, bias)
+    del layers["limit"]
+    out = {}
+    for i, (path, leaf) in enumerate(leaves.items()):
+        one = (1,) * leaf.ndim
+        out[path] = {name: part[i].reshape(one + part.shape[1:]) for name, part in layers.items()}
+        out[path]["component"] = components[path]
     return out
 
 
-def _alike(leaves: Mapping) -> tuple:
-    """Returns groups of paths whose leaves are fitted stacked, which saves most of compiling.
+def _overflow_bias(leaves, components, layers, count):
+    """Returns the largest biases with which few enough weights saturate (FQ 6), [leaves]."""
+    keys = []
+    for i, (leaf, component) in enumerate(zip(leaves, components, strict=True)):
+        mine = {name: part[i] for name, part in layers.items()} | {"component": component}
+        x = leaf.astype(jnp.float32)
+        positive = shift.is_positive(x, mine)
+        mean, std = (shift.of_component(positive, mine[name]) for name in ("mean", "std"))
+        # The smallest k with |v| <= 2**k, as a key that orders; 0 for what is pruned.
+        key = order.magnitude_keys((x - mean) / std) + ((1 << 23) - 1) >> 23
+        keys.append(jnp.where(shift.alive(x), key, 0).astype(jnp.uint8))
 
-    Inside jit a leaf's sharding is not known, and stacking could gather it: each is a group.
-    """
-    groups = {}
-    for path, leaf in leaves.items():
-        concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-        kind = (leaf.shape, leaf.dtype, leaf.sharding) if concrete else path
-        groups.setdefault(kind, []).append(path)
-    return tuple(tuple(group) for group in groups.values())
+    def at_least(t):
+        return jnp.stack([jnp.sum(key >= t[i]) for i, key in enumerate(keys)])
 
-
-def _fit_leaf(leaf, limit, key, mixture, two_modes, border, inside, *, search):
-    recentred = two_modes & jnp.squeeze(limit >= 3)
-    component = mixture_lib.assign(key, leaf, mixture)
-    mine = {
-        # One mode: c+ is what lies outside of the negative numbers.
-        "border": jnp.where(recentred, border, jnp.asarray([-jnp.finfo(jnp.float32).max, 0])),
-        "inside": recentred & inside,
-        "mean": jnp.where(recentred, _narrow(mixture.mean, leaf.dtype), 0),
-        "std": jnp.where(recentred, shift.power_of_two(mixture.std), 1),
-        "recentred": recentred,
-    }
-    mine = {name: part.reshape((1,) * leaf.ndim + part.shape) for name, part in mine.items()}
-    mine["component"] = jnp.where(recentred & shift.alive(leaf), component, 0).astype(jnp.int8)
-    return _with_bias(leaf, {**mine, "limit": limit}, search)
-
-
-def _with_bias(leaf, mine, search):
-    """Returns the buffers with the bias (FQ 6) and with means that are exact beside its levels."""
-    x = leaf.astype(jnp.float32)
-    alive = shift.alive(x)
-    positive = shift.choose(x, {**mine, "bias": jnp.zeros_like(mine["limit"])}).positive
-    mean, std = (shift.of_component(positive, mine[name]) for name in ("mean", "std"))
-    value = (x - mean) / std
-    # The smallest k with |v| <= 2**k, as a key that orders; 0 for what is pruned.
-    key = jnp.where(alive, order.magnitude_keys(value) + ((1 << 23) - 1) >> 23, 0)
-    count = jnp.sum(alive).astype(jnp.int32)
-    allowed = count // (4 * (jnp.squeeze(mine["limit"]) + 1))
-    largest = order.kth_largest(lambda t: jnp.sum(key >= t), allowed + 1, jnp.int32, bits=8)
+    limit = layers["limit"]
+    allowed = count // (4 * (limit + 1))
+    largest = order.kth_largest(at_least, allowed + 1, jnp.int32, bits=8)
     top = jnp.where(count > 0, largest - 127, 0)
-    limit = mine["limit"]
-    bias = jnp.where(mine["recentred"], (limit - 1) // 2, limit) - top
+    return jnp.where(layers["recentred"], (limit - 1) // 2, limit) - top
 
-    def finish(bias):
-        new = {**mine, "bias": bias}
-        new["mean"] = jnp.where(
-            mine["recentred"][..., None], _exact(mine["mean"], shift.exponents(new)), 0
-        )
-        return new
 
-    if search:
+def _best_bias(leaves, components, layers, bias):
+    """Returns the biases of least squared error among the neighbours of some, [leaves]."""
 
-        def error(offset):
-            new = finish(bias + offset)
-            return jnp.sum((shift.level(shift.choose(x, new), new) - jnp.where(alive, x, 0)) ** 2)
+    def errors(offset):
+        new = _finish(layers, bias + offset)
+        found = []
+        for i, (leaf, component) in enumerate(zip(leaves, components, strict=True)):
+            mine = {name: part[i] for name, part in new.items()} | {"component": component}
+            x = leaf.astype(jnp.float32)
+            exact = jnp.where(shift.alive(x), x, 0)
+            found.append(jnp.sum((shift.level(shift.choose(x, mine), mine) - exact) ** 2))
+        return jnp.stack(found)
 
-        offsets = jnp.asarray(CANDIDATES)
-        bias += offsets[jnp.argmin(lax.map(error, offsets))]
-    return {name: part for name, part in finish(bias).items() if name != "limit"}
+    offsets = jnp.asarray(CANDIDATES)
+    return bias + offsets[jnp.argmin(lax.map(errors, offsets), axis=0)]
+
+
+def _finish(layers, bias):
+    """Returns the layers with their biases, and with means that are exact beside their levels.
+
+    Modes narrower than float32 tells apart get the smallest steps that it does.
+    """
+    two = layers["recentred"][:, None]
+    finest = shift.exponent_of(layers["std"]) - shift.exponent_of(layers["mean"]) + 22
+    bias = jnp.where(two[:, 0], jnp.minimum(bias, jnp.min(finest, axis=-1)), bias)
+    new = {**layers, "bias": bias}
+    return {**new, "mean": jnp.where(two, _exact(layers["mean"], shift.exponents(new)), 0)}
 
 
 def _exact(mean, span: shift.Range):
@@ -269,10 +277,14 @@ def _exact(mean, span: shift.Range):
     return jnp.round(mean / unit) * unit
 
 
-def _narrow(mean, dtype):
-    """Returns the means as numbers of the leaf's dtype: levels are then their own nearest."""
-    info = jnp.finfo(dtype)
-    return lax.reduce_precision(mean, min(info.nexp, 8), min(info.nmant, 23))
+def _narrow(mean, dtypes):
+    """Returns the means as numbers of their leaves' dtypes: levels are then their own nearest."""
+    out = mean
+    for dtype in set(dtypes):
+        info = jnp.finfo(dtype)
+        rounded = lax.reduce_precision(mean, min(info.nexp, 8), min(info.nmant, 23))
+        out = jnp.where(np.array([[dtype == other] for other in dtypes]), rounded, out)
+    return out
 
 
 def _check_fits(leaf, buffers):

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from quantjax.core import order, rounding
+from quantjax.core import draws, order, rounding
 
 MANTISSA_BITS = 6  # bins are 1/64 to 1/128 of a magnitude wide
 OCTAVES = 20  # below the largest magnitude; what is smaller shares a bin
 BINS = OCTAVES << MANTISSA_BITS  # per sign
+DROPPED = 23 - MANTISSA_BITS  # bits of a float32 number that tell no bins apart
 TOLERANCE = 1e-5  # of the largest move of a parameter in an iteration, in standard deviations
 ITERATIONS = 2000  # at most
 FLOOR = 1e-6  # of a component's variance, in that of the layer
@@ -50,27 +51,36 @@ def histogram(w, mask=None) -> Histogram:
 
     Only the sums cross devices; magnitudes below the smallest normal number count as zero.
     """
+    return of_sums(*bin_sums(w, mask))
+
+
+def bin_sums(w, mask=None):
+    """Returns what a leaf's histogram is made of: sums per bin, [2 BINS, 3], and the first bin."""
     w = w.astype(jnp.float32)
     size = jnp.abs(w)
     mine = size >= jnp.finfo(jnp.float32).tiny
     mine = mine if mask is None else mine & jnp.asarray(mask, bool)
-    drop = 23 - MANTISSA_BITS
-    key = order.magnitude_keys(jnp.where(mine, size, 0)) >> drop
+    key = order.magnitude_keys(jnp.where(mine, size, 0)) >> DROPPED
     lowest = jnp.maximum(jnp.max(key) - BINS + 1, 0)
     bin_of = jnp.maximum(key - lowest, 0)
-    start = order.magnitude_of((bin_of + lowest) << drop)
+    start = order.magnitude_of((bin_of + lowest) << DROPPED)
     one = mine.astype(jnp.float32)
     beyond = one * (size - start)  # sums of the rest of a magnitude lose no digits
     index = bin_of + jnp.where(w > 0, BINS, 0)
     sums = jnp.zeros((2 * BINS, 3), jnp.float32)
-    sums = sums.at[index].add(jnp.stack([one, beyond, beyond * beyond], axis=-1))
-    count, first, second = sums[:, 0], sums[:, 1], sums[:, 2]
+    return sums.at[index].add(jnp.stack([one, beyond, beyond * beyond], axis=-1)), lowest
+
+
+def of_sums(sums, lowest) -> Histogram:
+    """Returns the histograms of `bin_sums`, stacked along leading axes or not."""
+    count, first, second = jnp.moveaxis(sums, -1, 0)
     full = jnp.maximum(count, 1)
-    starts = order.magnitude_of((jnp.arange(BINS, dtype=jnp.int32) + lowest) << drop)
-    magnitude = jnp.concatenate([starts, starts]) + first / full
-    sign = jnp.where(jnp.arange(2 * BINS) < BINS, -1, 1)
-    variance = jnp.maximum(second / full - (first / full) ** 2, 0)
-    return Histogram(count, sign * magnitude, variance)
+    bins = lax.broadcasted_iota(jnp.int32, (*lowest.shape, BINS), lowest.ndim) + lowest[..., None]
+    starts = order.magnitude_of(bins << DROPPED)
+    mean = first / full
+    signed = -starts - mean[..., :BINS], starts + mean[..., BINS:]
+    variance = jnp.maximum(second / full - mean**2, 0)
+    return Histogram(count, jnp.concatenate(signed, axis=-1), variance)
 
 
 def moments(hist: Histogram) -> Moments:
@@ -149,13 +159,44 @@ def assign(key, w, mixture: Mixture):
       w: floats of any shape.
       mixture: of one layer.
     """
-    x = w.astype(rounding.work_dtype(w.dtype))
-    score = _log_ratio(x, mixture)
     if key is None:
-        positive = score > 0
-    else:
-        positive = jax.random.uniform(key, x.shape, x.dtype) < jax.nn.sigmoid(score)
-    return jnp.where(positive, 1, -1).astype(jnp.int8)
+        return draw(jax.random.key(0), w, odds(mixture), False)
+    return draw(key, w, odds(mixture), True)
+
+
+class Odds(NamedTuple):
+    """log(weight_+ Normal_+(x)) - log(weight_- Normal_-(x)) = (a z + b) z + c; axes are layers."""
+
+    a: jax.Array
+    b: jax.Array
+    c: jax.Array
+    middle: jax.Array  # z = (x - middle) / unit
+    unit: jax.Array
+
+
+def odds(mixture: Mixture) -> Odds:
+    """Returns the log ratio of the components, in standard deviations from the means' middle."""
+    low, high = mixture.mean[..., 0], mixture.mean[..., 1]
+    less, more = (jnp.maximum(mixture.weight[..., i], 1e-30) for i in (0, 1))
+    middle, unit = 0.5 * (low + high), jnp.max(mixture.std, axis=-1)
+    low, high = (low - middle) / unit, (high - middle) / unit
+    narrow, wide = mixture.std[..., 0] / unit, mixture.std[..., 1] / unit
+    ratio = jnp.log(more * narrow / (less * wide))
+    return Odds(
+        0.5 / narrow**2 - 0.5 / wide**2,
+        high / wide**2 - low / narrow**2,
+        0.5 * (low / narrow) ** 2 - 0.5 * (high / wide) ** 2 + ratio,
+        middle,
+        unit,
+    )
+
+
+def draw(key, w, of: Odds, sampled):
+    """Returns `assign`'s components, given the odds of a layer; sampled: a bool, traced or not."""
+    z = (w.astype(rounding.work_dtype(w.dtype)) - of.middle) / of.unit
+    score = (of.a * z + of.b) * z + of.c
+    border = jnp.where(sampled, draws.uniform(key, w.shape), 0.5)
+    return jnp.where(border < jax.nn.sigmoid(score), 1, -1).astype(jnp.int8)
 
 
 def regions(mixture: Mixture):
@@ -164,25 +205,7 @@ def regions(mixture: Mixture):
     It is where (border[0] < x < border[1]) == inside; a border that does not exist is the largest
     float. Comparisons with stored numbers give the same choice in every compiled program.
     """
-    low, high = mixture.mean[..., 0], mixture.mean[..., 1]
-    narrow, wide = mixture.std[..., 0], mixture.std[..., 1]
-    less, more = (jnp.maximum(mixture.weight[..., i], 1e-30) for i in (0, 1))
-    # The log ratio is a x**2 + b x + c in standard deviations from the middle of the means.
-    middle = 0.5 * (low + high)
-    unit = jnp.maximum(narrow, wide)
-    low, high, narrow, wide = (
-        (low - middle) / unit,
-        (high - middle) / unit,
-        narrow / unit,
-        wide / unit,
-    )
-    a = 0.5 / narrow**2 - 0.5 / wide**2
-    b = high / wide**2 - low / narrow**2
-    c = (
-        0.5 * (low / narrow) ** 2
-        - 0.5 * (high / wide) ** 2
-        + jnp.log(more * narrow / (less * wide))
-    )
+    a, b, c, middle, unit = odds(mixture)
     root = b**2 - 4 * a * c
     # Roots without cancellation; a = 0 sends one of them to infinity.
     q = -0.5 * (b + jnp.where(b < 0, -1, 1) * jnp.sqrt(jnp.maximum(root, 0)))
@@ -193,17 +216,6 @@ def regions(mixture: Mixture):
     ends = jnp.stack([jnp.minimum(first, second), jnp.maximum(first, second)], axis=-1)
     largest = jnp.finfo(ends.dtype).max
     return jnp.clip(ends * unit[..., None] + middle[..., None], -largest, largest), inside
-
-
-def _log_ratio(x, mixture: Mixture):
-    """Returns log(weight_+ Normal_+(x)) - log(weight_- Normal_-(x))."""
-    scores = [
-        jnp.log(jnp.maximum(mixture.weight[i], 1e-30))
-        - jnp.log(mixture.std[i])
-        - 0.5 * ((x - mixture.mean[i]) / mixture.std[i]) ** 2
-        for i in (0, 1)
-    ]
-    return scores[1] - scores[0]
 
 
 def _gaussian(hist: Histogram, share):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from quantjax.core import order, paths
+from quantjax.core import checks, draws, order, paths
 from quantjax.core.quantizer import Quantizer, QuantState, leafwise
 
 
@@ -148,7 +148,7 @@ def surgery(
         due = (count <= end) & (count % every == 0)
         if key is not None:
             chance = (1 + decay * count) ** -power
-            due &= jax.random.uniform(key) < chance
+            due &= draws.uniform(key, ()) < chance
 
         def move(leaf, mask):
             keys = order.magnitude_keys(leaf)
@@ -321,8 +321,7 @@ def _gradual(density, step, begin, end):
 
 
 def _check_density(density):
-    if not isinstance(density, jax.core.Tracer) and not 0 < density <= 1:
-        raise ValueError(f"density must be in (0, 1], got {density!r}")
+    checks.number("density", density, "in (0, 1]", lambda share: (share > 0) & (share <= 1))
 
 
 def _check_steps(**counts):

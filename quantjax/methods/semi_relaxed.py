@@ -7,6 +7,7 @@ the probabilities by hard concrete masks, one for each bit level of the grid.
 
 import functools
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ __all__ = [
     "srq_input",
     "width_name",
     "widths",
+    "with_widths",
 ]
 
 ESTIMATORS = ("mode", "expectation")
@@ -224,6 +226,30 @@ def widths(state: QuantState) -> dict[str, int]:
     }
 
 
+def with_widths(state: QuantState, bits: int, widths: Mapping[str, int]) -> QuantState:
+    """Returns the first state of `srq(bits, learn_bits=True)` at other widths; 1 is ternary.
+
+    Grids become coarser, so that they reach as far. With `freeze_after=0` the widths stay: the
+    twin of a network whose widths were learned.
+
+    Raises:
+      ValueError: a width outside 1..bits; a path without a width, or without a learned one.
+    """
+    if sorted(widths) != sorted(path for path in state.buffers if "width" in state.buffers[path]):
+        raise ValueError(f"widths of {sorted(widths)} for a state of {sorted(state.buffers)}")
+    learned, buffers = {}, {}
+    for path, width in widths.items():
+        checks.number(f"{path}: width", width, f"in 1..{bits}", lambda w: (w >= 1) & (w <= bits))
+        mine = state.buffers[path]
+        low, high = _limits(jnp.asarray(width), mine["low"].dtype)
+        finer = jnp.log(mine["high"] / high)
+        grid = {name: state.learned[path][name] + finer for name in ("log_alpha", "log_sigma")}
+        learned[path] = {**state.learned[path], **grid}
+        width = jnp.asarray(width, mine["width"].dtype)
+        buffers[path] = {**mine, "width": width, "low": low, "high": high}
+    return QuantState(learned, buffers)
+
+
 def width_name(width: int) -> str:
     """Returns a width as the paper's tables have it: T for ternary."""
     return "T" if width == 1 else str(width)
@@ -238,7 +264,7 @@ def on_grid(x, alpha, sigma, low, high, estimator):
 
 def on_masked_grid(x, alpha, sigma, masks, bits, estimator):
     """As `quantize` with masks."""
-    cells = bit_masks.cells(bits, masks.shape[-1] if masks.ndim else 0, estimator == "expectation")
+    cells = bit_masks.cells(bits, masks.shape[-1] if masks.ndim else 0)
     return _quantize(x, alpha, sigma, masks, None, cells, estimator)
 
 

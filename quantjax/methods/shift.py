@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from quantjax.core import order
+from quantjax.core import checks, order
 
 EXPONENTS = (-126, 127)  # of normal float32 numbers
 
@@ -25,8 +25,7 @@ def shift_levels(bits: int, bias: int):
     Raises:
       ValueError: bits outside 1..8.
     """
-    if not 1 <= bits <= 8:
-        raise ValueError(f"bits must be in 1..8, got {bits!r}")
+    checks.bits(bits, 1, 8)
     sizes = 2.0 ** (np.arange(2 ** (bits - 1)) - bias)
     return jnp.asarray(np.concatenate([-sizes[::-1], sizes]), jnp.float32)
 
@@ -46,8 +45,7 @@ def focused_levels(bits: int, alpha, mean, std, bias):
     Raises:
       ValueError: bits out of range.
     """
-    if not 3 <= bits <= 8:
-        raise ValueError(f"bits must be in 3..8, got {bits!r}")
+    checks.bits(bits, 3, 8)
     both = table(
         {
             "mean": jnp.asarray(mean, jnp.float32),
@@ -99,9 +97,7 @@ def choose(w, buffers: Mapping) -> Choice:
     Of two equally near levels it is the one farther from the mean.
     """
     x = w.astype(jnp.float32)
-    border, component = buffers["border"], buffers["component"]
-    by_value = ((border[..., 0] < x) & (x < border[..., 1])) == buffers["inside"]
-    positive = jnp.where(component == 0, by_value, component > 0)
+    positive = is_positive(x, buffers)
     beyond = x - of_component(positive, buffers["mean"])
     below = beyond < 0
     span = exponents(buffers)
@@ -110,6 +106,16 @@ def choose(w, buffers: Mapping) -> Choice:
     nearest = (order.magnitude_keys(beyond) + (1 << 22) >> 23) - 127
     exponent = jnp.clip(nearest, of_component(positive, span.lowest), top)
     return Choice(alive(x), positive, below, exponent)
+
+
+def is_positive(x, buffers: Mapping):
+    """Returns where weights are of c+: by their component, or by value where it is 0 (FQ 5)."""
+    border, component = buffers["border"], buffers["component"]
+    by_value = ((border[..., 0] < x) & (x < border[..., 1])) == buffers["inside"]
+    return jnp.where(component == 0, by_value, component > 0)
+
+
+_choose = jax.jit(choose)
 
 
 def level(choice: Choice, buffers: Mapping):
@@ -175,7 +181,7 @@ def operations(w, buffers: Mapping) -> Operations:
     recentred layer it also adds it to the sum of its component, which is multiplied by its mean
     once per output.
     """
-    kept = np.asarray(choose(jnp.asarray(w), buffers).alive)
+    kept = np.asarray(_choose(jnp.asarray(w), buffers).alive)
     weights, recentred = int(np.count_nonzero(kept)), bool(np.all(buffers["recentred"]))
     outputs = kept.shape[-1]
     if not recentred:
@@ -201,7 +207,7 @@ def shift_dot(x, w, buffers: Mapping) -> tuple[np.ndarray, int]:
     if not np.issubdtype(x.dtype, np.integer):
         raise ValueError(f"fixed-point inputs are integers, got {x.dtype}")
     x = x.astype(np.int64)
-    chosen = Choice(*(np.asarray(part) for part in choose(jnp.asarray(w), buffers)))
+    chosen = Choice(*(np.asarray(part) for part in _choose(jnp.asarray(w), buffers)))
     means = np.asarray(buffers["mean"], np.float64).reshape(2)
     exponents_used = chosen.exponent[chosen.alive]
     unit = min([_last_bit(mean) for mean in means if mean] + [int(min(exponents_used, default=0))])

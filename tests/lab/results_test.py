@@ -47,6 +47,11 @@ def test_mean_and_deviation_over_seeds_beside_the_paper():
     assert "`quantjax run toy`" in text
 
 
+def test_a_row_without_a_width():
+    rows = [{"row": "pruned", "seed": 0, "sparse": 99.5}]
+    assert "| pruned |  | 99.50 |" in results.markdown([record(rows=rows)])
+
+
 def test_shortened_and_interrupted_runs_say_so():
     text = results.markdown([record(scale=0.1, complete=False)])
     assert "**every phase shortened to 0.1 of the paper's**" in text

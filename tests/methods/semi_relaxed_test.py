@@ -1,0 +1,155 @@
+"""SRQ's closed form beside brute force over all categories, and far outside of the grid."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from quantjax.methods import semi_relaxed
+from tests.methods import srq_reference
+
+SIZE = 48
+ESTIMATORS = ("mode", "expectation")
+COUNT = {
+    "none": lambda bits: 0,
+    "levels": lambda bits: bits - 1,
+    "ends": lambda b: 2 ** (b - 1) - 1,
+}
+
+
+@functools.cache
+def program(bits, signed, kind, estimator):
+    """Value and cotangents of x, alpha, sigma and masks; one program for each dtype."""
+
+    def run(x, alpha, sigma, masks, cotangent):
+        def quantize(x, alpha, sigma, masks):
+            return semi_relaxed.quantize(
+                x,
+                alpha,
+                sigma,
+                bits=bits,
+                signed=signed,
+                masks=None if kind == "none" else masks,
+                estimator=estimator,
+            )
+
+        value, pull = jax.vjp(quantize, x, alpha, sigma, masks)
+        return value, *pull(cotangent)
+
+    return jax.jit(run)
+
+
+CONFIGS = [
+    (bits, signed, kind, estimator)
+    for bits in range(2, 9)
+    for signed, kind in ((True, "none"), (False, "none"), (True, "levels"), (True, "ends"))
+    for estimator in ESTIMATORS
+    if kind != "ends" or bits <= 5
+]
+
+
+@given(
+    config=st.sampled_from(CONFIGS),
+    seed=st.integers(0, 2**32 - 1),
+    alpha=st.floats(-3, 3).map(np.exp),
+    ratio=st.floats(np.log(0.1), np.log(4)).map(np.exp),
+    reach=st.sampled_from((0.8, 1.0, 1.5)),
+)
+@settings(max_examples=500, deadline=None, derandomize=True, phases=[Phase.generate])
+def test_closed_form_is_brute_force(config, seed, alpha, ratio, reach):
+    bits, signed, kind, estimator = config
+    rng = np.random.default_rng(seed)
+    # Numbers of float32, so that both precisions start from the same ones.
+    alpha = np.float32(alpha)
+    sigma = np.float32(alpha * ratio)
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1)) if signed else (0, 2**bits)
+    x = np.float32(alpha * (rng.uniform(low, high, SIZE) * reach + rng.normal(size=SIZE)))
+    cotangent = np.float32(rng.normal(size=SIZE))
+    x[:2] = np.float32(alpha * (low - 2)), np.float32(alpha * (high + 2))
+    masks = np.float32(np.clip(rng.uniform(-0.4, 1.4, COUNT[kind](bits)), 0, 1))
+    of_code = np.zeros(2**bits, int)
+    if kind != "none":
+        of_code = {"levels": srq_reference.levels_by_grids, "ends": srq_reference.pairs_by_ends}[
+            kind
+        ](bits)
+    inputs = x, alpha, sigma, masks, cotangent
+    wide = [np.float64(part) for part in inputs]
+
+    def reference(keep):
+        x, alpha, sigma, masks, cotangent = wide
+        return srq_reference.srq(
+            x, alpha, sigma, masks, of_code, cotangent * keep,
+            bits=bits, signed=signed, estimator=estimator,
+        )  # fmt: skip
+
+    keep = reference(1).tie > 1e-6
+    expected = reference(keep)
+    run = program(*config)
+    # In float32 alpha and sigma are arrays: their sums over x cancel, by chance nearly to nothing.
+    for dtype, tolerance, shape in (("float64", 1e-9, ()), ("float32", 2e-4, (SIZE,))):
+        with jax.enable_x64(dtype == "float64"):
+            spread = np.broadcast_to(alpha, shape), np.broadcast_to(sigma, shape)
+            parts = [jnp.asarray(p, dtype) for p in (x, *spread, masks, cotangent * keep)]
+            value, *cotangents = [np.asarray(part) for part in run(*parts)]
+        assert value.dtype == dtype
+        rtol = 1e-6 if dtype == "float32" else 1e-12
+        np.testing.assert_allclose(value[keep], expected.value[keep], rtol)
+        for name, got in zip(("x", "alpha", "sigma", "masks"), cotangents, strict=True):
+            want = getattr(expected, name)
+            if name in ("alpha", "sigma") and not shape:
+                want = want.sum()
+            largest = np.max(np.abs(want), initial=0)
+            error = np.max(np.abs(got - want), initial=0)
+            bound = tolerance * max(largest, 1) if dtype == "float64" else tolerance * largest
+            assert error <= bound, (name, dtype, error, largest)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize(("bits", "kind"), [(2, "none"), (8, "none"), (4, "levels"), (3, "ends")])
+def test_far_from_the_grid_all_is_finite(bits, kind, estimator, dtype):
+    alpha = 0.125
+    near = np.linspace(-(2.0**bits), 2.0**bits, 41)
+    far = np.outer([-1, 1], [3e2, 1e3, 1e4]).ravel()
+    x = jnp.asarray(alpha * np.concatenate([near, far, near[:1]]), dtype)
+    run = program(bits, True, kind, estimator)
+    for ratio in (0.01, 0.1, 1.0, 10.0):
+        for z in ([0.0], [1.0], [1e-6, 0.5, 0.0]):
+            masks = jnp.asarray(np.resize(z, COUNT[kind](bits)), jnp.float32)
+            sigma = jnp.float32(alpha * ratio)
+            value, *cotangents = run(x, jnp.float32(alpha), sigma, masks, jnp.ones_like(x))
+            assert value.dtype == cotangents[0].dtype == dtype
+            for part in (value, *cotangents):
+                assert bool(jnp.all(jnp.isfinite(part)))
+            codes = np.asarray(value, np.float64) / alpha
+            if kind == "none":  # the ends of the grid
+                assert (codes[-2], codes[-5]) == (2 ** (bits - 1) - 1, -(2 ** (bits - 1)))
+
+
+@pytest.mark.parametrize("kind", ["none", "levels"])
+def test_expectation_is_smooth_at_the_edges(kind):
+    """One rounding beside a half-way point the gradients are those of the point itself."""
+    edges = np.arange(-4, 4, dtype=np.float32) + np.float32(0.5)
+    beside = [np.nextafter(edges, np.float32(end)) for end in (-9, 9)]
+    masks = jnp.asarray([0.0, 0.7]) if kind == "levels" else jnp.zeros(0)
+
+    @jax.jit
+    def run(x, alpha, low, high):
+        def quantize(x, alpha):
+            if kind == "levels":
+                return semi_relaxed.on_masked_grid(x, alpha, 0.3 * alpha, masks, 3, "expectation")
+            return semi_relaxed.on_grid(x, alpha, 0.3 * alpha, low, high, "expectation")
+
+        _, pull = jax.vjp(quantize, x, jnp.broadcast_to(alpha, x.shape))
+        return pull(jnp.ones_like(x))
+
+    def grads(x):
+        return run(jnp.asarray(x), jnp.float32(1), jnp.float32(-4), jnp.float32(3))
+
+    for expected, *got in zip(grads(edges), *map(grads, beside), strict=True):
+        for other in got:
+            np.testing.assert_allclose(other, expected, atol=2e-5)
