@@ -8,7 +8,10 @@ import numpy as np
 from quantjax.lab.recipes import FOLDER
 
 BEGIN, END = "<!-- results: written by `quantjax results --write README.md` -->", "<!-- end -->"
-COLUMNS = ("full precision", "low precision", "accuracy", "sparse", "error", "widths", "MSE")
+COLUMNS = (
+    *("average bits", "full precision", "low precision", "accuracy", "sparse"),
+    *("error", "KB", "widths", "MSE"),
+)
 
 
 def show(write: Path | None = None, folder: Path = FOLDER / "results"):

@@ -55,7 +55,8 @@ def alq_rounds(
         begin at a tenth (appendix C.1: 30 if the loss has not converged).
       finish_epochs: of loss-aware straight-through steps at the end, 1e-4 times 0.95 per epoch
         (appendix C.3: 50).
-      basis_rate, coordinate_rate: of AMSGrad.
+      basis_rate, coordinate_rate: of AMSGrad. A basis turns where a step passes the middle of two
+        sums, so that with few bits left a larger basis_rate trains faster: 5e-3 on LeNet-5.
 
     Raises:
       ValueError: counts that are negative, or numbers out of range.

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import quantjax as qj
+from tests import quick
 
 TARGET = np.random.default_rng(0).normal(size=(6, 4))
 SCALE = np.random.default_rng(1).uniform(0.5, 2.0, size=(6, 4))
@@ -17,7 +18,7 @@ def loss(params):
 
 
 def descend(transform, params, steps):
-    @jax.jit
+    @quick.jit
     def step(params, state):
         updates, state = transform.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state
@@ -38,10 +39,14 @@ def sphere(target, metric):
 
     def one(x, h):
         low, high = -jnp.min(h), jnp.sum(h) * 10 + jnp.linalg.norm(h * x)
-        for _ in range(60):
+
+        def halved(_, ends):
+            low, high = ends
             mid = (low + high) / 2
             far = jnp.linalg.norm(h * x / (h + mid)) > 1
-            low, high = jnp.where(far, mid, low), jnp.where(far, high, mid)
+            return jnp.where(far, mid, low), jnp.where(far, high, mid)
+
+        low, high = jax.lax.fori_loop(0, 60, halved, (low, high))
         x = h * x / (h + (low + high) / 2)
         return x / jnp.linalg.norm(x)
 
@@ -102,7 +107,7 @@ def test_multi_bit_set_is_never_left_and_descended_on():
 
     transform = qj.projected_amsgrad(1.5, project)
     params, moments = start, transform.init(start)
-    step = jax.jit(transform.update)
+    step = quick.jit(transform.update)
     for _ in range(60):
         grads = {"kernel": SCALE * (params["kernel"] - TARGET).astype(jnp.float32)}
         updates, moments = step(grads, moments, params)

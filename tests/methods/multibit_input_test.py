@@ -10,6 +10,7 @@ import pytest
 
 import quantjax as qj
 from quantjax.methods.multibit_input import fold_reference
+from tests import quick
 
 
 def relu_batch(seed, shape=(64, 6, 6, 3)):
@@ -25,13 +26,13 @@ def levels(state):
 @pytest.fixture(scope="module")
 def fitted():
     quantizer = qj.multi_bit_input(2)
-    return quantizer, jax.jit(quantizer.init)(relu_batch(0))
+    return quantizer, quick.jit(quantizer.init)(relu_batch(0))
 
 
 def test_values_are_the_nearest_levels(fitted):
     quantizer, state = fitted
     x = relu_batch(1)
-    x_hat, same = jax.jit(quantizer.apply)(x, state)
+    x_hat, same = quick.jit(quantizer.apply)(x, state)
     grid = levels(state)
     distances = np.abs(np.asarray(x)[..., None] - grid)
     np.testing.assert_allclose(np.abs(x_hat - x), distances.min(-1), atol=1e-5)
@@ -60,7 +61,7 @@ def test_running_average(fitted):
     _, state = fitted
     x = relu_batch(2) + 1.0
     whole, half = (
-        jax.jit(qj.multi_bit_input(2, momentum=m).apply, static_argnames="update")(
+        quick.jit(qj.multi_bit_input(2, momentum=m).apply, static_argnames="update")(
             x, state, update=True
         )[1]
         for m in (1.0, 0.25)
@@ -83,7 +84,7 @@ def test_reference_moves_into_the_bias(fitted):
     quantizer, state = fitted
     x_hat, _ = quantizer.apply(relu_batch(3), state)
     layer = nn.Conv(4, (3, 3), padding="VALID")
-    params = layer.init(jax.random.key(0), x_hat)["params"]
+    params = quick.jit(layer.init)(jax.random.key(0), x_hat)["params"]
     ref = state.buffers["ref"]
     moved = {**params, "bias": fold_reference(params["kernel"], params["bias"], ref)}
     expected = layer.apply({"params": params}, x_hat)
@@ -98,16 +99,17 @@ def test_in_a_flax_model():
             return nn.Dense(2)(x.mean(axis=(1, 2)))
 
     model, x = Net(), relu_batch(4, (8, 6, 6, 3))
-    params = model.init(jax.random.key(0), x)["params"]
+    params = quick.jit(model.init)(jax.random.key(0), x)["params"]
     apply = qj.linen.quantize_inputs(model.apply, {"Conv_0": None, ".*": qj.multi_bit_input(2)})
-    _, quant = jax.jit(lambda v: apply(v, x, mutable=["quant", "quant_stats"]))({"params": params})
+    both = ["quant", "quant_stats"]
+    _, quant = quick.jit(lambda v: apply(v, x, mutable=both))({"params": params})
     variables = {"params": params, **quant}
-    _, moved = apply(variables, x * 2, mutable=["quant_stats"])
+    _, moved = quick.jit(lambda v, x: apply(v, x, mutable=["quant_stats"]))(variables, x * 2)
     changed = jax.tree.map(
         lambda a, b: bool(np.any(a != b)), quant["quant_stats"], moved["quant_stats"]
     )
     assert all(jax.tree.leaves(changed))
-    assert apply(variables, x).shape == (8, 2)
+    assert jax.eval_shape(apply, variables, x).shape == (8, 2)
 
 
 @pytest.mark.parametrize("x", [jnp.zeros((4, 3)), jnp.full((4, 3), 0.5), jnp.ones((1, 1))])
