@@ -30,9 +30,7 @@ def run(context):
                     told = {"paper": {"error": paper}}
                     return trained.row(f"{dataset}: {name}", bits, seed) | told
 
-                quantizer, inputs = grids.plain(bits, "expectation", dropbits=True)
-                trained = parts.train(f"uniform, {bits}", quantizer, inputs, seed)
-                yield row(trained, "uniform width", uniform)
+                yield row(parts.fixed(bits, None, seed), "uniform width", uniform)
                 for penalty, (fixed, regularised) in zip(PENALTIES, others, strict=True):
                     learned = parts.learned(bits, penalty, seed)
                     yield row(learned, f"learned widths, penalty {penalty:g}", regularised)

@@ -59,27 +59,45 @@ class Grids(NamedTuple):
         return Trained(round(100 - accuracy, 2), widths(state.state), state, shipped)
 
     def learned(
-        self, bits: int, penalty: float, seed: int, start: Mapping | None = None
+        self,
+        bits: int,
+        penalty: float,
+        seed: int,
+        start: Mapping | None = None,
+        estimator: str = "mode",
     ) -> "Trained":
-        """Trains with learned widths in the first half, and at these in the second (appendix F)."""
+        """Trains with learned widths in the first half, and at these in the second (appendix F).
+
+        `estimator` is that of the weights: under the expectation's gradient the loss holds on to
+        every level, and short trainings drop none. Inputs, without masks, take the expectation's.
+        """
         quantizer = srq(
             bits,
             learn_bits=True,
             freeze_after=self.steps // 2,
             penalty=penalty,
-            estimator="expectation",
+            estimator=estimator,
         )
         inputs = srq_input(bits, estimator="expectation")
         return self.train(f"learned, {bits}, {penalty}", quantizer, inputs, seed, start)
 
     def fixed(
-        self, bits: int, chosen: Mapping[str, int], seed: int, start: Mapping | None = None
+        self,
+        bits: int,
+        chosen: Mapping[str, int] | None,
+        seed: int,
+        start: Mapping | None = None,
+        estimator: str = "mode",
     ) -> "Trained":
-        """Trains at the widths {path: width} from the first step: the twin of learned ones."""
-        quantizer = srq(bits, learn_bits=True, freeze_after=0, estimator="expectation")
+        """Trains at the widths {path: width} from the first step, the twin of learned ones.
+
+        None: all `bits`, the uniform network.
+        """
+        quantizer = srq(bits, learn_bits=True, freeze_after=0, estimator=estimator)
 
         def init(params, key=None):
-            return with_widths(quantizer.init(params, key), bits, chosen)
+            state = quantizer.init(params, key)
+            return with_widths(state, bits, chosen or dict.fromkeys(state.buffers, bits))
 
         inputs = srq_input(bits, estimator="expectation")
         return self.train(f"fixed, {bits}", quantizer._replace(init=init), inputs, seed, start)
