@@ -66,13 +66,15 @@ def _section(record: dict) -> str:
     used = [name for name in COLUMNS if any(name in row for g in groups.values() for row in g)]
     width = "sparsity" if any("sparsity" in g[0] for g in groups.values()) else "bits"
     with_paper = any("paper" in g[0] for g in groups.values())
-    header = ["", width, *used, *(["paper"] if with_paper else [])]
+    sized = [width] if any(size is not None for _, size in groups) else []
+    header = ["", *sized, *used, *(["paper"] if with_paper else [])]
     lines = [header, ["---"] * len(header)]
     for (name, size), rows in groups.items():
         cells = [_mean([row[column] for row in rows if column in row]) for column in used]
         paper = rows[0].get("paper", {})
         told = [" / ".join(f"{paper[c]:g}" for c in used if c in paper)] if with_paper else []
-        lines.append([name, "" if size is None else f"{size:g}", *cells, *told])
+        size = ["" if size is None else f"{size:g}"] if sized else []
+        lines.append([name, *size, *cells, *told])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     seeds = len({row["seed"] for rows in groups.values() for row in rows})
     notes = [
