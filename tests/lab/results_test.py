@@ -47,9 +47,15 @@ def test_mean_and_deviation_over_seeds_beside_the_paper():
     assert "`quantjax run toy`" in text
 
 
-def test_a_row_without_a_width():
+def test_rows_without_a_width():
     rows = [{"row": "pruned", "seed": 0, "sparse": 99.5}]
-    assert "| pruned |  | 99.50 |" in results.markdown([record(rows=rows)])
+    text = results.markdown([record(rows=rows)])
+    assert "|  | sparse |" in text  # no empty column
+    assert "| pruned | 99.50 |" in text
+    rows.append({"row": "FQ", "seed": 0, "bits": 5, "sparse": 99.0})
+    text = results.markdown([record(rows=rows)])
+    assert "|  | bits | sparse |" in text
+    assert "| pruned |  | 99.50 |" in text
 
 
 def test_shortened_and_interrupted_runs_say_so():
