@@ -46,7 +46,7 @@ def test_arguments_that_are_no_arguments(arguments, capsys):
     ("arguments", "message"),
     [
         (["compare", "--methods", "psgd"], "unknown method 'psgd'; did you mean 'sgd'"),
-        (["compare", "--bits", "1"], "bits must be a whole number in 2..16, got 1"),
+        (["compare", "--bits", "0"], "bits must be a whole number in 1..16, got 0"),
         (["compare", "--model", "lenet"], "unknown model 'lenet'; did you mean 'lenet5'"),
         (["compare", "--epochs", "0"], "epochs must be at least 1, got 0"),
         (["compare", "--model", "lenet5", "--dataset", "./absent"], "no directory absent"),

@@ -157,7 +157,7 @@ def nothing_loaded(monkeypatch):
     [
         ({"methods": ("psg", "psgd")}, "unknown method 'psgd'; did you mean .*'psg'"),
         ({"model": "resnet21"}, "unknown model 'resnet21'; did you mean"),
-        ({"bits": (4, 1)}, r"bits must be a whole number in 2\.\.16, got 1"),
+        ({"bits": (4, 0)}, r"bits must be a whole number in 1\.\.16, got 0"),
         ({"bits": (17,)}, "got 17"),
         ({"methods": ()}, "nothing to compare"),
         ({"bits": ()}, "nothing to compare"),
@@ -185,7 +185,11 @@ def test_defaults_by_data_set(tmp_path):
     assert (digits.model, digits.epochs, digits.batch_size) == ("small-cnn", 20, 32)
     mnist = compare.resolve(Settings(dataset="mnist", out=tmp_path))
     assert (mnist.model, mnist.epochs, mnist.batch_size) == ("lenet5", 5, 128)
-    given = Settings(dataset="./arrays", model="lenet5", epochs=3, batch_size=7, out=tmp_path)
+    assert digits.methods == mnist.methods == methods.DEFAULT
+    assert compare.resolve(Settings(quick=True, out=tmp_path)).methods == methods.QUICK
+    given = Settings(
+        dataset="./arrays", model="lenet5", methods=("psg",), epochs=3, batch_size=7, out=tmp_path
+    )
     assert compare.resolve(given) == given
     assert list(tmp_path.iterdir()) == []  # the probe is gone
 
