@@ -214,6 +214,7 @@ def test_initial_weights_depend_on_the_seed(task):
     assert np.any(kernels[0] != kernels[1])
 
 
+@pytest.mark.usefixtures("few_programs")
 def test_another_member_of_the_family_compiles_nothing(task):
     def member(bits):
         return Method(optax.sgd(0.1), qj.uniform(bits), qj.uniform_input(bits))

@@ -26,6 +26,7 @@ def layout(tree):
     return jax.tree.structure(tree), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
 
 
+@pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize("name", methods.DEFAULT)
 def test_every_method_trains_and_ships_at_every_width(name, task):
     entry = methods.METHODS[name]

@@ -74,6 +74,7 @@ def test_search_sees_held_out_training_images_alone():
         )
 
 
+@pytest.mark.usefixtures("few_programs")
 def test_late_continues_from_the_switch_and_shares_a_program():
     parts = make(scale=0.2)
     start = parts.plain(seed=0)

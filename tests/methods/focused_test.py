@@ -95,6 +95,7 @@ def test_levels_are_those_of_the_notes(bits, bias):
         np.testing.assert_array_equal(levels, np.float32(sorted(exact)))
 
 
+@pytest.mark.usefixtures("few_programs")
 @settings(derandomize=True, deadline=None, max_examples=500)
 @given(
     w=WEIGHTS,
@@ -314,6 +315,7 @@ def test_symbols(bits, options):
     )
 
 
+@pytest.mark.usefixtures("few_programs")
 def test_one_program_serves_all_widths():
     w = tree(sparse(*BIG))
     quantizer = qj.focused(5, refit_every=1)

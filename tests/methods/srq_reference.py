@@ -11,7 +11,7 @@ from scipy.special import expit
 
 class Reference(NamedTuple):
     value: np.ndarray
-    x: np.ndarray  # cotangents, those of alpha and sigma by element of x
+    x: np.ndarray  # cotangents, all by element of x
     alpha: np.ndarray
     sigma: np.ndarray
     masks: np.ndarray
@@ -79,11 +79,11 @@ def srq(x, alpha, sigma, masks, of_code, cotangent, *, bits, signed, estimator):
         into = alpha * (n - n[best][:, None])
         direct = share @ n
     into = into * cotangent[:, None]
-    of_masks = np.zeros(len(masks))
+    of_masks = np.zeros((x.size, len(masks)))
     for i, mask in enumerate(masks):
         if mask > 0:  # of a zero mask it is 0 by definition
             mine = (of_code == i + 1) * share / mask
-            of_masks[i] = (into * (mine - share * mine.sum(1, keepdims=True))).sum()
+            of_masks[:, i] = (into * (mine - share * mine.sum(1, keepdims=True))).sum(1)
     top = np.sort(share, axis=1)
     return Reference(
         value=alpha * n[best],

@@ -174,6 +174,7 @@ def test_without_learned_bits_the_width_stays():
     assert float(quantizer.penalty(state, key=jax.random.key(0))) == 0
 
 
+@pytest.mark.usefixtures("few_programs")
 def test_one_program_serves_several_widths():
     params = dense_grid(4)
     apply = jax.jit(qj.srq(4).apply)

@@ -72,6 +72,7 @@ def test_constant_batches(value):
         assert grid_of(state)["step"] == 1  # there is no range
 
 
+@pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize("momentum", [0.1, 0.5, 1.0])
 def test_the_running_range(momentum):
     quantizer = qj.uniform_input(4, momentum=momentum)
@@ -127,6 +128,7 @@ def test_narrow_dtypes_are_kept_and_ranges_are_float32(dtype):
     np.testing.assert_array_equal(x_hat, wide.astype(dtype))
 
 
+@pytest.mark.usefixtures("few_programs")
 def test_one_program_serves_all_widths():
     x = normal(8, 3)
     apply = jax.jit(lambda x, state: qj.uniform_input(4).apply(x, state, update=True))

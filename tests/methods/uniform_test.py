@@ -209,6 +209,7 @@ def test_a_leaf_without_range_has_step_one(scale):
     assert not quantizer.encode(params, state)["Dense_0"]["kernel"].validate().codes.any()
 
 
+@pytest.mark.usefixtures("few_programs")
 def test_one_program_serves_all_widths():
     params = params_of(normal(4, 5))
     one = qj.uniform(4)
