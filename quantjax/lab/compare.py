@@ -24,7 +24,7 @@ class Settings:
     model: str | None = None
     """small-cnn, lenet5, lenet5-wide, resnet20/32/56, vgg7, vgg16-bn; by data set if not given."""
     methods: tuple[str, ...] | None = None
-    """Rows of the table; all usual ones, or if --quick one of every paper, if not given."""
+    """Rows of the table; all usual ones, or if --quick those that compile soon, if not given."""
     bits: tuple[int, ...] | None = None
     """Bit-widths, one row per method and width that it has; 2, or what is usual, if not given."""
     epochs: int | None = None
