@@ -9,9 +9,7 @@ leaves the record in experiments/results/benchmarks/.
 """
 
 import argparse
-import json
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +19,7 @@ import optax
 import quantjax as qj
 from quantjax.core import paths
 from quantjax.lab import models, multibit
-from quantjax.lab.recipes import versions
+from quantjax.lab.recipes import benchmark
 from quantjax.methods import alq_steps
 
 BITS = 8
@@ -135,14 +133,8 @@ def main():
         **basis_step(arguments.repeats),
         **lenet_step(5 * arguments.repeats),
         "bars": BARS,
-        "device": jax.devices()[0].device_kind,
-        "versions": versions(),
     }
-    print(json.dumps(record, indent=1))
-    if arguments.write:
-        folder = Path(__file__).parents[1] / "results" / "benchmarks"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "alq_speed.json").write_text(json.dumps(record, indent=1) + "\n")
+    benchmark("alq_speed", record, arguments.write)
 
 
 if __name__ == "__main__":

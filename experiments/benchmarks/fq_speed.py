@@ -8,16 +8,14 @@ apart.
 """
 
 import argparse
-import json
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import quantjax as qj
-from quantjax.lab.recipes import versions
+from quantjax.lab.recipes import benchmark
 
 BARS = {"fitted, assigned and quantized, s": 20.0, "idle update, ms per million weights": 1.0}
 NETWORKS = {"resnet50": (3, 4, 6, 3), "resnet18": (2, 2, 2, 2)}  # blocks per stage
@@ -121,14 +119,8 @@ def main():
         "bits": arguments.bits,
         "networks": {network: measure(network, arguments) for network in NETWORKS},
         "bars, resnet50": BARS,
-        "device": jax.devices()[0].device_kind,
-        "versions": versions(),
     }
-    print(json.dumps(record, indent=1))
-    if arguments.write:
-        folder = Path(__file__).parents[1] / "results" / "benchmarks"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "fq_speed.json").write_text(json.dumps(record, indent=1) + "\n")
+    benchmark("fq_speed", record, arguments.write)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,7 @@ medians. `--write` leaves the record in experiments/results/benchmarks/.
 """
 
 import argparse
-import json
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,7 +15,7 @@ import optax
 
 import quantjax as qj
 from quantjax.lab import data, engine, models
-from quantjax.lab.recipes import versions
+from quantjax.lab.recipes import benchmark
 
 BAR = 1.05
 
@@ -70,14 +68,8 @@ def main():
         "median ms": {name: round(1e3 * value, 2) for name, value in medians.items()},
         "ratio": round(ratio, 4),
         "bar": BAR,
-        "device": jax.devices()[0].device_kind,
-        "versions": versions(),
     }
-    print(json.dumps(record, indent=1))
-    if arguments.write:
-        folder = Path(__file__).parents[1] / "results" / "benchmarks"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "psg_overhead.json").write_text(json.dumps(record, indent=1) + "\n")
+    benchmark("psg_overhead", record, arguments.write)
 
 
 if __name__ == "__main__":

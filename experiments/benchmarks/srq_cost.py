@@ -8,15 +8,13 @@ ratios are of the medians. Memory is the temporary memory that the compiled prog
 """
 
 import argparse
-import json
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quantjax.lab.recipes import versions
+from quantjax.lab.recipes import benchmark
 from quantjax.methods import relaxed, semi_relaxed
 
 ACTIVATION = (128, 28, 28, 32)
@@ -147,14 +145,8 @@ def main():
             "DropBits / SRQ, 4 bits (bar 4)": ratio("DropBits weight 4", "SRQ weight 4"),
             "DropBits / SRQ, 8 bits (bar 8)": ratio("DropBits weight 8", "SRQ weight 8"),
         },
-        "device": jax.devices()[0].device_kind,
-        "versions": versions(),
     }
-    print(json.dumps(record, indent=1))
-    if arguments.write:
-        folder = Path(__file__).parents[1] / "results" / "benchmarks"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "srq_cost.json").write_text(json.dumps(record, indent=1) + "\n")
+    benchmark("srq_cost", record, arguments.write)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,10 @@ class ResNet18(nn.Module):
 
 
 class VGG7(nn.Module):
-    """VGG-7 with batch norm: pairs of 128, 256 and 512 channels, 1024 units; images from 8x8."""
+    """2x128C3-MP2-2x256C3-MP2-2x512C3-MP2-1024FC, the VGG-7 of RQ and SRQ; images from 8x8.
+
+    Batch norm after every convolution; pooling comes before it (appendix F of SRQ).
+    """
 
     classes: int = 10
     dtype: Any = None
@@ -156,12 +159,11 @@ class VGG7(nn.Module):
     def __call__(self, x, train: bool = False):
         """Returns the logits [n, classes] of images [n, h, w, c]."""
         for features in (128, 256, 512):
-            for _ in range(2):
+            for pool in (False, True):
                 x = _conv3x3(features, 1, self.dtype)(x)
+                x = max_pool_2x2(x) if pool else x
                 x = nn.relu(_batch_norm(train, self.dtype)(x))
-            x = max_pool_2x2(x)
-        x = nn.Dense(1024, use_bias=False, dtype=self.dtype)(x.reshape(x.shape[0], -1))
-        x = nn.relu(_batch_norm(train, self.dtype)(x))
+        x = nn.relu(nn.Dense(1024, dtype=self.dtype)(x.reshape(x.shape[0], -1)))
         return _logits(nn.Dense(self.classes, dtype=self.dtype)(x))
 
 

@@ -146,3 +146,14 @@ def _write(path: Path, record: dict[str, Any]):
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=1) + "\n")
     temporary.replace(path)
+
+
+def benchmark(name: str, numbers: dict, write: bool):
+    """Prints what a benchmark measured, and with `write` keeps it as the record of that name."""
+    record = {**numbers, "device": jax.devices()[0].device_kind, "versions": versions()}
+    text = json.dumps(record, indent=1)
+    print(text)
+    if write:
+        folder = FOLDER / "results" / "benchmarks"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(text + "\n")
