@@ -256,6 +256,13 @@ def train(
             yield Report(state, done + len(chunk), loss, accuracy, time.monotonic() - start)
 
 
+def shared_steps(compiled: dict, name: str, task: Task, method: Method) -> Steps:
+    """Returns the steps kept as `name`, made at its first use; methods differ in states alone."""
+    if name not in compiled:
+        compiled[name] = make_steps(task, method)
+    return compiled[name]
+
+
 def fit(
     task: Task,
     method: Method,

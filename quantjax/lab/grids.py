@@ -79,7 +79,9 @@ class Grids(NamedTuple):
             estimator=estimator,
         )
         inputs = srq_input(bits, estimator="expectation")
-        return self.train(f"learned, {bits}, {penalty}", quantizer, inputs, seed, start)
+        return self.train(
+            f"learned, {bits}, {penalty}, {estimator}", quantizer, inputs, seed, start
+        )
 
     def fixed(
         self,
@@ -100,7 +102,8 @@ class Grids(NamedTuple):
             return with_widths(state, bits, chosen or dict.fromkeys(state.buffers, bits))
 
         inputs = srq_input(bits, estimator="expectation")
-        return self.train(f"fixed, {bits}", quantizer._replace(init=init), inputs, seed, start)
+        name = f"fixed, {bits}, {estimator}"
+        return self.train(name, quantizer._replace(init=init), inputs, seed, start)
 
     def error(self, variables: Mapping) -> float:
         """Returns the test error of a float network in percent."""
@@ -119,8 +122,6 @@ class Grids(NamedTuple):
         return len(self.task.dataset.train.labels) // self.batch_size
 
     def _fit(self, name, method, variables, seed):
-        if name not in self.compiled:
-            self.compiled[name] = engine.make_steps(self.task, method)
         return engine.fit(
             self.task,
             method,
@@ -128,7 +129,7 @@ class Grids(NamedTuple):
             self.steps,
             batch_size=self.batch_size,
             seed=seed,
-            steps=self.compiled[name],
+            steps=engine.shared_steps(self.compiled, name, self.task, method),
             label=name,
         )
 

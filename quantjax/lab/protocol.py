@@ -57,8 +57,6 @@ class Protocol(NamedTuple):
     def _train(self, name, optimizer, variables, start, end, seed):
         per_epoch = len(self.task.dataset.train.labels) // self.batch_size
         method = engine.Method(optimizer(self.rate(start)))
-        if name not in self.compiled:
-            self.compiled[name] = engine.make_steps(self.task, method)
         return engine.fit(
             self.task,
             method,
@@ -66,7 +64,7 @@ class Protocol(NamedTuple):
             self.context.steps(end - start, per_epoch),
             batch_size=self.batch_size,
             seed=seed,
-            steps=self.compiled[name],
+            steps=engine.shared_steps(self.compiled, name, self.task, method),
             label=name,
         ).variables
 

@@ -82,8 +82,6 @@ def _train(parts, name, pruner, variables, seed):
     if name == "L0":
         descent = optax.partition({"weights": descent, "gates": optax.adam(L0_RATE)}, _labels)
     method = engine.Method(descent, pruner)
-    if name not in parts.compiled:  # densities are in the state
-        parts.compiled[name] = engine.make_steps(parts.task, method)
     return engine.fit(
         parts.task,
         method,
@@ -91,7 +89,7 @@ def _train(parts, name, pruner, variables, seed):
         _length(parts),
         batch_size=parts.batch_size,
         seed=seed,
-        steps=parts.compiled[name],
+        steps=engine.shared_steps(parts.compiled, name, parts.task, method),
         label=name,
     )
 

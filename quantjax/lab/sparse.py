@@ -56,7 +56,9 @@ def prune(
         total,
         batch_size=parts.batch_size,
         seed=seed,
-        steps=_compiled(parts, f"surgery, {epochs:g} epochs at {rate:g}", method),
+        steps=engine.shared_steps(
+            parts.compiled, f"surgery, {epochs:g} epochs at {rate:g}", parts.task, method
+        ),
         label="surgery",
     )
     masks = {path: mine["mask"] for path, mine in end.state.buffers.items()}
@@ -81,7 +83,9 @@ def focus(
         total,
         batch_size=parts.batch_size,
         seed=seed,
-        steps=_compiled(parts, f"focused, {epochs:g} epochs at {rate:g}", method),
+        steps=engine.shared_steps(
+            parts.compiled, f"focused, {epochs:g} epochs at {rate:g}", parts.task, method
+        ),
         label=f"focused, {bits} bits",
     )
     variables = {name: end.variables[name] for name in start.variables}
@@ -116,13 +120,6 @@ def optimizer(rate) -> optax.GradientTransformation:
     """Returns SGD with momentum 0.9; kernels decay, grids do not."""
     decay = optax.add_decayed_weights(DECAY, mask=qj.decay_mask)
     return optax.chain(decay, optax.sgd(rate, momentum=0.9))
-
-
-def _compiled(parts: Protocol, name: str, method: engine.Method) -> engine.Steps:
-    """Returns the steps of that name; densities, masks and widths are in the state."""
-    if name not in parts.compiled:
-        parts.compiled[name] = engine.make_steps(parts.task, method)
-    return parts.compiled[name]
 
 
 def _steps(parts: Protocol, epochs: float) -> int:
