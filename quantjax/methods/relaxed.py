@@ -11,7 +11,7 @@ import optax
 
 from quantjax.core import checks, qarray, rounding
 from quantjax.core.quantizer import InputQuantizer, Quantizer, QuantState, leafwise
-from quantjax.methods import categories
+from quantjax.methods import categories, intervals
 
 
 def log_categories(x, alpha, sigma, codes):
@@ -77,21 +77,21 @@ def rq(
     def init(path, leaf, key):
         del key
         x = leaf.astype(rounding.work_dtype(leaf.dtype))
-        log_alpha = categories.log_interval(
+        log_alpha = intervals.log_interval(
             x, checks.group_axes(axes, path, leaf), max(1, 2 ** (bits - 1) - 1)
         )
         low, high = (
             jnp.asarray(code, x.dtype) for code in (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         )
         count = jnp.zeros((), jnp.int32)
-        return categories.spread(log_alpha), {"low": low, "high": high, "count": count}
+        return intervals.spread(log_alpha), {"low": low, "high": high, "count": count}
 
     def apply(leaf, learned, buffers, key):
         checks.fitting(learned["log_alpha"], leaf)
         return _apply(leaf, learned, buffers, key, bits, temperature, straight_through)
 
     def encode(leaf, learned, buffers):
-        alpha, _ = categories.positive(learned)
+        alpha, _ = intervals.positive(learned)
         x = leaf.astype(alpha.dtype)
         codes = rounding.to_codes(x, alpha, buffers["low"], buffers["high"])
         codes = codes.astype(qarray.code_dtype(bits))
@@ -115,7 +115,7 @@ def rq_input(
     _check(bits, temperature)
 
     def init(x):
-        learned, limits = categories.fit_inputs(x, bits, signed)
+        learned, limits = intervals.fit_inputs(x, bits, signed)
         return QuantState(learned, {**limits, "count": jnp.zeros((), jnp.int32)})
 
     def apply(x, state, *, key=None, update=False):
@@ -129,7 +129,7 @@ def rq_input(
 
 
 def _apply(x, learned, buffers, key, bits, temperature, straight_through):
-    alpha, sigma = categories.positive(learned)
+    alpha, sigma = intervals.positive(learned)
     low, high = buffers["low"], buffers["high"]
     wide = x.astype(alpha.dtype)
     if key is None:

@@ -16,7 +16,7 @@ from jax import lax
 
 from quantjax.core import checks, qarray, rounding
 from quantjax.core.quantizer import InputQuantizer, Quantizer, QuantState, leafwise
-from quantjax.methods import bit_masks, categories, hard_concrete
+from quantjax.methods import bit_masks, categories, hard_concrete, intervals
 from quantjax.methods.bit_masks import bit_levels, bit_penalty
 
 __all__ = [
@@ -63,7 +63,8 @@ def quantize(x, alpha, sigma, *, bits, signed=True, masks=None, estimator="mode"
     alpha, sigma = jnp.asarray(alpha, dtype), jnp.asarray(sigma, dtype)
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     if masks is None:
-        return on_grid(x, alpha, sigma, low, high, estimator)
+        ends = jnp.asarray(low, dtype), jnp.asarray(high, dtype)
+        return on_grid(x, alpha, sigma, *ends, estimator, 2**bits)
     if not signed:
         raise ValueError("masks need a signed grid: an unsigned one has no symmetric levels")
     masks = jnp.asarray(masks, dtype)
@@ -122,11 +123,11 @@ def srq(
 
     def init(path, leaf, key):
         x = leaf.astype(rounding.work_dtype(leaf.dtype))
-        log_alpha = categories.log_interval(
+        log_alpha = intervals.log_interval(
             x, checks.group_axes(axes, path, leaf), max(1, 2 ** (bits - 1) - 1)
         )
-        learned = categories.spread(log_alpha)
-        buffers = categories.limits(bits, x.dtype)
+        learned = intervals.spread(log_alpha)
+        buffers = intervals.limits(bits, x.dtype)
         if dropbits:
             noise = 0 if key is None else jax.random.normal(key, (bits - 1,), x.dtype)
             learned["mask_logits"] = hard_concrete.logit(
@@ -142,11 +143,12 @@ def srq(
         return learned, buffers
 
     def apply(leaf, learned, buffers, key):
-        alpha, sigma = categories.positive(learned)
+        alpha, sigma = intervals.positive(learned)
         checks.fitting(alpha, leaf)
         if not dropbits or key is None:
             _check_width(buffers, bits)
-            return on_grid(leaf, alpha, sigma, buffers["low"], buffers["high"], estimator)
+            count = None if learn_bits else 2**bits
+            return on_grid(leaf, alpha, sigma, buffers["low"], buffers["high"], estimator, count)
         return on_masked_grid(leaf, alpha, sigma, masks_of(learned, buffers, key), bits, estimator)
 
     def masks_of(learned, buffers, key):
@@ -159,7 +161,7 @@ def srq(
 
     def encode(leaf, learned, buffers):
         _check_width(buffers, bits)
-        alpha, _ = categories.positive(learned)
+        alpha, _ = intervals.positive(learned)
         codes = rounding.to_codes(leaf.astype(alpha.dtype), alpha, buffers["low"], buffers["high"])
         width = int(buffers["high"]).bit_length() + 1
         return qarray.Grid(
@@ -207,7 +209,7 @@ def srq_input(bits: int, *, signed: bool | None = None, estimator: str = "mode")
     check_estimator(estimator)
 
     def init(x):
-        learned, limits = categories.fit_inputs(x, bits, signed)
+        learned, limits = intervals.fit_inputs(x, bits, signed)
         return QuantState(learned, {**limits, "least": least(x)})
 
     def least(x):
@@ -215,9 +217,9 @@ def srq_input(bits: int, *, signed: bool | None = None, estimator: str = "mode")
 
     def apply(x, state, *, key=None, update=False):
         del key
-        alpha, sigma = categories.positive(state.learned)
+        alpha, sigma = intervals.positive(state.learned)
         low, high = state.buffers["low"], state.buffers["high"]
-        x_hat = on_grid(x, alpha, sigma, low, high, estimator)
+        x_hat = on_grid(x, alpha, sigma, low, high, estimator, 2**bits)
         if update:
             seen = jnp.minimum(state.buffers["least"], least(lax.stop_gradient(x)))
             state = state._replace(buffers={**state.buffers, "least": seen})
@@ -263,11 +265,9 @@ def width_name(width: int) -> str:
     return "T" if width == 1 else str(width)
 
 
-def on_grid(x, alpha, sigma, low, high, estimator):
-    """As `quantize` without masks, on the codes low .. high, which may be arrays."""
-    if isinstance(low, int):
-        return _quantize(x, alpha, sigma, None, None, (low, high), estimator)
-    return _quantize(x, alpha, sigma, None, (low, high), None, estimator)
+def on_grid(x, alpha, sigma, low, high, estimator, count=None):
+    """As `quantize` without masks, on the codes low .. high; count: their number, where known."""
+    return _quantize(x, alpha, sigma, None, (low, high), count, estimator)
 
 
 def on_masked_grid(x, alpha, sigma, masks, bits, estimator):
@@ -280,7 +280,7 @@ def on_masked_grid(x, alpha, sigma, masks, bits, estimator):
 def _quantize(x, alpha, sigma, masks, limits, cells, estimator):
     del estimator
     if masks is None:
-        codes = rounding.to_codes(x.astype(alpha.dtype), alpha, *(limits or cells))
+        codes = rounding.to_codes(x.astype(alpha.dtype), alpha, *limits)
     else:
         t = x.astype(alpha.dtype) * (1 / alpha)
         codes = categories.masked_mode(t, alpha / sigma, cells, _lead(masks))
@@ -294,47 +294,46 @@ def _forward(x, alpha, sigma, masks, limits, cells, estimator):
 
 def _backward(cells, estimator, saved, cotangent):
     x, alpha, sigma, masks, limits = saved
-
-    def estimate(t, s):
-        if masks is not None:
-            of = (
-                categories.masked_mode_estimate
-                if estimator == "mode"
-                else categories.masked_expectation
-            )
-            return of(t, s, cells, _lead(masks))
-        low, high = limits or cells
-        if estimator == "mode":
-            return categories.mode(t, s, jnp.clip(jnp.round(t), low, high), low, high), None
-        return categories.expectation(t, s, low, high), None
-
     groups = jnp.broadcast_shapes(alpha.shape, sigma.shape)
     s = alpha / sigma
+
+    def estimate(t):
+        """An estimate, and how the cotangent of x_hat / alpha reaches the masks."""
+        if masks is not None and estimator == "mode":
+            return categories.masked_mode_estimate(t, s, cells, _lead(masks))
+        if masks is not None:
+            return categories.masked_expectation(t, s, cells, _lead(masks))
+        low, high = limits
+        if estimator == "mode":
+            found = categories.mode(t, s, jnp.clip(jnp.round(t), low, high), low, high)
+        else:
+            count = (high - low + 1).astype(jnp.int32) if cells is None else cells
+            found = categories.expectation(t, s, low, count)
+        return found, lambda _: []
 
     def pull(x, cotangent):
         x, cotangent = x.astype(alpha.dtype), cotangent.astype(alpha.dtype)
         t = x * (1 / alpha)
-        result, to_masks = estimate(t, s)
-        by_s = cotangent * result.sds
-        by_alpha = cotangent * (result.value - t * result.dt) + by_s
-        dx, by_alpha, by_s = lax.optimization_barrier((cotangent * result.dt, by_alpha, by_s))
-        sums = [categories.sum_to(part, groups) for part in (by_alpha, by_s)]
-        if to_masks is not None:
-            sums.append(to_masks(cotangent * alpha))
-        return dx.astype(x.dtype), sums
+        found, to_masks = estimate(t)
+        by_s = cotangent * found.sds
+        by_alpha = cotangent * (found.value - t * found.dt) + by_s
+        return (
+            (cotangent * found.dt).astype(saved[0].dtype),
+            by_alpha,
+            by_s,
+            *to_masks(cotangent * alpha),
+        )
 
     scalars = alpha.size == sigma.size == 1 and (masks is None or masks.ndim == 1)
-    dx, (by_alpha, by_s, *by_masks) = _in_chunks(pull, x, cotangent, scalars)
-    of_masks = None
-    if by_masks:
-        of_masks = jnp.where(masks == 0, 0, jnp.moveaxis(by_masks[0][1:], 0, -1))
-    return (
-        dx.astype(x.dtype),
-        categories.sum_to(by_alpha, alpha.shape),
-        categories.sum_to(-s * by_s, sigma.shape),
-        of_masks,
-        None,
+    dx, by_alpha, by_s, *by_masks = (
+        _in_chunks(pull, x, cotangent) if scalars else pull(x, cotangent)
     )
+    of_masks = None
+    if masks is not None:
+        by_masks = jnp.stack([_sum_to(part, masks.shape[:-1]) for part in by_masks], -1)
+        of_masks = jnp.where(masks == 0, 0, by_masks)
+    by_alpha, by_s = (_sum_to(part, groups) for part in (by_alpha, by_s))
+    return dx, _sum_to(by_alpha, alpha.shape), _sum_to(-s * by_s, sigma.shape), of_masks, None
 
 
 _quantize.defvjp(_forward, _backward)
@@ -346,26 +345,40 @@ def _lead(masks):
     return jnp.concatenate([jnp.ones_like(masks, shape=(1, *masks.shape[1:])), masks])
 
 
-def _in_chunks(pull, x, cotangent, scalars: bool):
-    """Runs `pull` part by part on the CPU, where its intermediate arrays then stay in the cache."""
+def _in_chunks(pull, x, cotangent):
+    """Runs `pull` part by part on the CPU, where its intermediate arrays then stay in the cache.
+
+    All results but the first are only ever summed over: they come back added up over the parts.
+    """
     count = max(1, x.size // CHUNK)
     count = next((n for n in range(count, 2 * count) if x.size % n == 0), 1)
-    if count == 1 or not scalars:
+    if count == 1:
         return pull(x, cotangent)
 
     def one_by_one(x, cotangent):
-        parts = x.reshape(count, -1), cotangent.reshape(count, -1)
-        shapes = jax.eval_shape(pull, *(part[0] for part in parts))[1]
-
         def body(sums, part):
-            dx, more = pull(*part)
+            dx, *more = pull(*part)
             return jax.tree.map(jnp.add, sums, more), dx
 
-        start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        parts = x.reshape(count, -1), cotangent.reshape(count, -1)
+        shapes = jax.eval_shape(pull, *(part[0] for part in parts))[1:]
+        start = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in shapes]
         sums, dx = lax.scan(body, start, parts)
-        return dx.reshape(x.shape), sums
+        return dx.reshape(x.shape), *sums
 
-    return lax.platform_dependent(x, cotangent, cpu=one_by_one, default=pull)
+    def at_once(x, cotangent):
+        dx, *more = pull(x, cotangent)
+        return dx, *(part.reshape(count, -1).sum(0) for part in more)
+
+    return lax.platform_dependent(x, cotangent, cpu=one_by_one, default=at_once)
+
+
+def _sum_to(array, shape):
+    """Sums over the axes that were broadcast from `shape`."""
+    lead = array.ndim - len(shape)
+    array = array.sum(axis=tuple(range(lead)))
+    stretched = tuple(i for i, (n, m) in enumerate(zip(shape, array.shape, strict=True)) if n < m)
+    return array.sum(axis=stretched, keepdims=True)
 
 
 def check_estimator(estimator):
