@@ -45,8 +45,8 @@ def log_masses(t, s, codes):
 
 def mode(t, s, code, low, high) -> Estimate:
     """The largest of all cells low .. high, which is `code`, under eq. 3: d(code * share)."""
-    a, b = _Half(t - code + 0.5, s), _Half(t - code - 0.5, s)
-    A, B = _Half(t - low + 0.5, s), _Half(t - high - 0.5, s)
+    a, b = _half(t - code + 0.5, s), _half(t - code - 0.5, s)
+    A, B = _half(t - low + 0.5, s), _half(t - high - 0.5, s)
     width = high - low + 1
     # A mass is (1 - exp(-s width)) F(right) (1 - F(left)). The cell of the mode is as near as the
     # grid, and beyond the grid they share an edge: in ratios and differences that cancels exactly.
@@ -106,7 +106,7 @@ def expectation(t, s, low, count) -> Estimate:
     s = jnp.minimum(s, edges.SHARPEST)
     code = jnp.clip(_held(t), low, low + count - 1)
     place = edges.place(t, s, code, holes=False)
-    run = edges.run(place, low - 0.5, 0, count)
+    run = edges.run(place, low - 0.5, edges.numbered(place, low - 0.5), 0, count)
     return _mean(place, run.first / run.mass, *(part / run.mass for part in run.changes))
 
 
@@ -114,9 +114,10 @@ def masked_expectation(t, s, cells: Cells, masks):
     """Returns the mean of all masked categories, and (cotangent -> cotangents of the masks)."""
     s = jnp.minimum(s, edges.SHARPEST)
     place = edges.place(t, s, _nearest(t, cells, masks), holes=True)
-    origin = cells.low[0] - 0.5
+    origin = float(cells.low[0]) - 0.5
+    edge = edges.numbered(place, origin)
     levels = [
-        [edges.run(place, origin, *_numbers(cells, run)) for run in cells.under(k)]
+        [edges.run(place, origin, edge, *_numbers(cells, run)) for run in cells.under(k)]
         for k in range(len(masks))
     ]
     levels = [edges.Run(*(sum(parts) for parts in zip(*runs, strict=True))) for runs in levels]
@@ -141,28 +142,18 @@ def masked_expectation(t, s, cells: Cells, masks):
 
 
 class _Half(NamedTuple):
-    """F at the signed distance u = t - edge, relative to nothing."""
-
     u: Any
-    s: Any
+    inverse: Any
+    below: Any
+    above: Any
 
-    @property
-    def decay(self):
-        return jnp.exp(-self.s * jnp.abs(self.u))
 
-    @property
-    def inverse(self):
-        return 1 / (1 + self.decay)
-
-    @property
-    def below(self):
-        """F."""
-        return jnp.where(self.u > 0, self.decay, 1) * self.inverse
-
-    @property
-    def above(self):
-        """1 - F."""
-        return jnp.where(self.u > 0, 1, self.decay) * self.inverse
+def _half(u, s):
+    """F and 1 - F at the signed distance u = t - edge, relative to nothing."""
+    decay = jnp.exp(-s * jnp.abs(u))
+    inverse = 1 / (1 + decay)
+    tail = decay * inverse
+    return _Half(u, inverse, jnp.where(u > 0, tail, inverse), jnp.where(u > 0, inverse, tail))
 
 
 def _mean(place, offset, slope, moment, first_slope, first_moment) -> Estimate:

@@ -17,6 +17,7 @@ The three sums over edges divide each for themselves, since a compiler keeps a s
 every edge in memory, and exponentials are formed once for every `BLOCK` edges.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -44,16 +45,12 @@ class Place(NamedTuple):
 class Edge(NamedTuple):
     """An edge, seen from t."""
 
-    left: Any  # of t
     arm: Any  # point - edge
     y: Any
     growth: Any
     base: Any
-
-    @property
-    def total(self):
-        """growth * y + base."""
-        return self.growth * self.y + self.base
+    total: Any  # growth * y + base
+    parts: tuple  # F less its limit, F', and F' times the arm; relative to the nearest cell
 
     @property
     def below(self):
@@ -64,14 +61,6 @@ class Edge(NamedTuple):
     def above(self):
         """1 - F."""
         return self.base / self.total
-
-    @property
-    def parts(self):
-        """F less its limit, F', and F' times the arm; relative to the nearest cell."""
-        total = self.total
-        square = total * total
-        tail = jnp.where(self.left, self.y, -1) / total
-        return tail, self.y / square, self.arm * self.y / square
 
 
 def place(t, s, code, holes: bool) -> Place:
@@ -94,19 +83,30 @@ def at(place, e) -> Edge:
     return _edge(place, e, left, jnp.clip(y, LARGE**-2, LARGE**2))
 
 
-def in_block(place, origin, block, i: int) -> Edge:
-    """The edge origin + block * BLOCK + i: its block's exponential times one of the grid."""
-    offset = i - (BLOCK - 1) / 2
-    middle = origin + block * BLOCK + (BLOCK - 1) / 2
-    e = middle + offset
-    left = e < place.t
-    # Of half the exponent, and squared: finite and exact to s = SHARPEST, near the edge and far.
-    near = (jnp.clip(0.5 * place.s * (middle - point), -FAR, FAR) for point in place.points)
-    both = place.points[0] is place.points[1]
-    roots = (jnp.exp(next(near)),) * 2 if both else tuple(jnp.exp(part) for part in near)
-    root = _pick(left, roots) * jnp.exp(0.5 * offset * place.s)
-    root = jnp.clip(root, 1 / LARGE, LARGE)
-    return _edge(place, e, left, root * root)
+def numbered(place, origin):
+    """Returns i -> the edge origin + i: a block's exponential times one of the grid."""
+
+    @functools.cache
+    def block(number):
+        middle = origin + number * BLOCK + (BLOCK - 1) / 2
+        # Of half the exponent: finite and exact to s = SHARPEST, near the edge and far from it.
+        roots = (
+            jnp.exp(jnp.clip(0.5 * place.s * (middle - point), -FAR, FAR))
+            for point in (place.points[:1] if place.points[0] is place.points[1] else place.points)
+        )
+        roots = tuple(roots)
+        return middle, (roots[0], roots[-1])
+
+    @functools.cache
+    def edge(i):
+        middle, roots = block(i // BLOCK)
+        offset = i % BLOCK - (BLOCK - 1) / 2
+        left = middle + offset < place.t
+        root = _pick(left, roots) * jnp.exp(0.5 * offset * place.s)
+        root = jnp.clip(root, 1 / LARGE, LARGE)
+        return _edge(place, middle + offset, left, root * root)
+
+    return edge
 
 
 def mass(place, left: Edge, right: Edge, width):
@@ -130,49 +130,47 @@ class Run(NamedTuple):
         return self.slope, self.moment, self.first_slope, self.first_moment
 
 
-def run(place, origin, start, stop) -> Run:
-    """Sums over the cells between the edges origin + start and origin + stop.
+def run(place, origin, edge, start, stop) -> Run:
+    """Sums over the cells from edge number `start` to `stop`; edge: as `numbered` returns it.
 
     An edge counts for the cell left of it and against the one right of it, so that n - code leaves
     one less of every inner edge. The limits of F add up to nothing: the cell of t has n = code.
     """
-    left, right = (_numbered(place, origin, i) for i in (start, stop))
+    left, right = edge(start), edge(stop) if isinstance(stop, int) else at(place, origin + stop)
     low = origin + start + 0.5 - place.code
     high = origin + stop - 0.5 - place.code
-    inner = _inner(place, origin, start + 1, stop)
-    _, *ends = (r - p for p, r in zip(left.parts, right.parts, strict=True))
-    firsts = (
-        high * r - low * p - total
-        for p, r, total in zip(left.parts, right.parts, inner, strict=True)
+    ends = list(
+        zip(left.parts, right.parts, _inner(place, origin, edge, start + 1, stop), strict=True)
     )
-    return Run(mass(place, left, right, stop - start), *ends, *firsts)
+    _, slope, moment = (r - p for p, r, _ in ends)
+    firsts = (high * r - low * p - inner for p, r, inner in ends)
+    return Run(mass(place, left, right, stop - start), slope, moment, *firsts)
 
 
-def _inner(place, origin, start, stop):
+def _inner(place, origin, edge, start, stop):
     """Sums of `parts` over the edges start .. stop - 1."""
     sums, count = (jnp.zeros_like(place.t),) * 3, stop - start
     if isinstance(count, int) and count <= UNROLLED:
         for i in range(start, stop):
-            sums = _plus(sums, _numbered(place, origin, i).parts)
+            sums = _plus(sums, edge(i).parts)
         return sums
 
     def add(block, sums):
+        edge = numbered(place, origin + start + block * BLOCK)
         for i in range(BLOCK):
             counts = block * BLOCK + i < count
-            parts = in_block(place, origin + start, block, i).parts
-            sums = _plus(sums, (jnp.where(counts, part, 0) for part in parts))
+            sums = _plus(sums, (jnp.where(counts, part, 0) for part in edge(i).parts))
         return sums
 
     return lax.fori_loop(0, (count + BLOCK - 1) // BLOCK, add, sums)
 
 
-def _numbered(place, origin, i):
-    return in_block(place, origin, i // BLOCK, i % BLOCK)
-
-
 def _edge(place, e, left, y):
     growth, base = _pick(left, place.growth), _pick(left, place.base)
-    return Edge(left, place.point - e, y, growth, base)
+    arm, total = place.point - e, growth * y + base
+    square = total * total
+    tail = jnp.where(left, y, -1) / total
+    return Edge(arm, y, growth, base, total, (tail, y / square, arm * y / square))
 
 
 def _pick(left, pair):
