@@ -6,6 +6,7 @@ of cells, see `edges`.
 
 import functools
 import itertools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from quantjax.methods import edges
+
+_TAIL, _SLOPE, _MOMENT = map(operator.attrgetter, ("tail", "slope", "moment"))
 
 
 class Cells(NamedTuple):
@@ -69,34 +72,34 @@ def masked_mode_estimate(t, s, cells: Cells, masks):
     code = _largest(t, s, near, cells, masks)
     place = edges.place(t, s, near, holes=True)
     borders = [edges.at(place, e) for e in (*(cells.low - 0.5), cells.high[-1] + 0.5)]
-    sides = list(itertools.pairwise(borders))
     sizes = (cells.high - cells.low + 1).tolist()
-    runs = [edges.mass(place, *both, size) for both, size in zip(sides, sizes, strict=True)]
-    masses = [
-        sum(run for run, k in zip(runs, cells.mask, strict=True) if k == mine)
-        for mine in range(len(masks))
+    runs = [
+        edges.mass(place, *ends, size)
+        for ends, size in zip(itertools.pairwise(borders), sizes, strict=True)
     ]
-    total = sum(z * mass for z, mass in zip(masks, masses, strict=True))
-    ends = [
-        [z * (r - p) for p, r in zip(left.parts[1:], right.parts[1:], strict=True)]
-        for z, (left, right) in zip(masks[cells.mask], sides, strict=True)
-    ]
-    slope, moment = (sum(parts) / total for parts in zip(*ends, strict=True))
+    masses = _by_mask(cells, masks, runs)
+    total = _weighted(masks, masses)
+    # An edge counts for the run left of it and against the one right of it.
+    ends = jnp.zeros_like(masks[:1])
+    jumps = -jnp.diff(masks[cells.mask], axis=0, prepend=ends, append=ends)
+    slope = _weighted(jumps, [edge.slope for edge in borders]) / total
+    moment = _weighted(jumps, [edge.moment for edge in borders]) / total
 
     a, b = edges.at(place, code - 0.5), edges.at(place, code + 0.5)
     unmasked = edges.mass(place, a, b, 1) / total
     mine = [_among(code, cells.under(k)) for k in range(len(masks))]
-    weight = code * unmasked * sum(jnp.where(i, z, 0) for i, z in zip(mine, masks, strict=True))
+    weight = code * unmasked * _weighted(masks, mine)
     dt = s * (a.below - b.above + slope)
     sds = s * (a.arm * a.below - b.arm * b.above + moment) + (t - place.point) * dt
     estimate = Estimate(code, weight * dt, weight * (sds + _width_term(s, 1)))
-    shares = [mass / total for mass in masses]
-    others = _without_each([z * share for z, share in zip(masks, shares, strict=True)])
 
     def to_masks(cotangent):
-        both = cotangent * code * unmasked, cotangent * weight
-        terms = zip(mine, shares, others, strict=True)
-        return [jnp.where(i, both[0] * rest, -both[1] * share) for i, share, rest in terms][1:]
+        # The share of the mode moves with its own mask as far as others hold the rest.
+        rest = [jnp.where(own, 0, mass) for own, mass in zip(mine, masses, strict=True)]
+        own = cotangent * code * unmasked * _weighted(masks, rest) / total
+        others = cotangent * weight / total
+        pairs = zip(mine, masses, strict=True)
+        return [jnp.where(hit, own, -others * mass) for hit, mass in pairs][1:]
 
     return estimate, to_masks
 
@@ -106,8 +109,9 @@ def expectation(t, s, low, count) -> Estimate:
     s = jnp.minimum(s, edges.SHARPEST)
     code = jnp.clip(_held(t), low, low + count - 1)
     place = edges.place(t, s, code, holes=False)
-    run = edges.run(place, low - 0.5, edges.numbered(place, low - 0.5), 0, count)
-    return _mean(place, run.first / run.mass, *(part / run.mass for part in run.changes))
+    origin = low - 0.5
+    run = edges.run(place, origin, edges.numbered(place, origin), 0, count)
+    return _mean(place, [run], [1], run.mass, run.lever(_TAIL) / run.mass)
 
 
 def masked_expectation(t, s, cells: Cells, masks):
@@ -116,25 +120,17 @@ def masked_expectation(t, s, cells: Cells, masks):
     place = edges.place(t, s, _nearest(t, cells, masks), holes=True)
     origin = float(cells.low[0]) - 0.5
     edge = edges.numbered(place, origin)
-    levels = [
-        [edges.run(place, origin, edge, *_numbers(cells, run)) for run in cells.under(k)]
-        for k in range(len(masks))
-    ]
-    levels = [edges.Run(*(sum(parts) for parts in zip(*runs, strict=True))) for runs in levels]
-    total = sum(z * level.mass for z, level in zip(masks, levels, strict=True))
-    shares = [level.mass / total for level in levels]
-    firsts = [level.first / total for level in levels]
-    offset = sum(z * first for z, first in zip(masks, firsts, strict=True))
-    changes = zip(*(level.changes for level in levels), strict=True)
-    changes = (
-        sum(z * part for z, part in zip(masks, parts, strict=True)) / total for parts in changes
-    )
-    estimate = _mean(place, offset, *changes)
-    other_shares = _without_each([z * share for z, share in zip(masks, shares, strict=True)])
-    other_firsts = _without_each([z * first for z, first in zip(masks, firsts, strict=True)])
+    borders = [*(cells.low - cells.low[0]).tolist(), int(cells.high[-1] - cells.low[0]) + 1]
+    runs = [edges.run(place, origin, edge, *ends) for ends in itertools.pairwise(borders)]
+    masses = _by_mask(cells, masks, [run.mass for run in runs])
+    levers = _by_mask(cells, masks, [run.lever(_TAIL) for run in runs])
+    total = _weighted(masks, masses)
+    shares, firsts = ([part / total for part in parts] for parts in (masses, levers))
+    estimate = _mean(place, runs, masks[cells.mask], total, _weighted(masks, firsts))
+    other_shares, other_firsts = (_without_each(masks, parts) for parts in (shares, firsts))
 
     def to_masks(cotangent):
-        # Mask k moves the mean from that of the others: its own terms cancel, and are left out.
+        # A mask moves the mean away from that of the others: its own terms cancel.
         terms = zip(firsts, other_shares, shares, other_firsts, strict=True)
         return [cotangent * (first * rest - share * more) for first, rest, share, more in terms][1:]
 
@@ -156,11 +152,24 @@ def _half(u, s):
     return _Half(u, inverse, jnp.where(u > 0, tail, inverse), jnp.where(u > 0, inverse, tail))
 
 
-def _mean(place, offset, slope, moment, first_slope, first_moment) -> Estimate:
-    """From sum_i r_i (n_i - code), and by how much its edges change it."""
-    dt = place.s * (offset * slope - first_slope)
-    sds = place.s * (offset * moment - first_moment) + (place.t - place.point) * dt
-    return Estimate(place.code + offset, dt, sds)
+def _mean(place, runs, weights, total, offset) -> Estimate:
+    """The mean code + offset of runs of cells, and its derivatives."""
+    slope, moment = (
+        _weighted(weights, [run.lever(part, offset) for run in runs]) / total
+        for part in (_SLOPE, _MOMENT)
+    )
+    dt = -place.s * slope
+    return Estimate(place.code + offset, dt, -place.s * moment + (place.t - place.point) * dt)
+
+
+def _weighted(weights, parts):
+    return sum(weight * part for weight, part in zip(weights, parts, strict=True))
+
+
+def _by_mask(cells, masks, parts):
+    """Sums of what belongs to runs of cells, mask by mask."""
+    pairs = list(zip(cells.mask, parts, strict=True))
+    return [sum(part for k, part in pairs if k == mine) for mine in range(len(masks))]
 
 
 def _width_term(s, width):
@@ -168,12 +177,10 @@ def _width_term(s, width):
 
 
 def _nearest(t, cells, masks):
-    """The nearest code that no mask removes: the left one of two."""
-    held = _held(t)
-    code, least = jnp.zeros_like(t), jnp.full_like(t, jnp.inf)
-    for low, high, z in zip(*_ends(cells), masks[cells.mask], strict=True):
-        mine = jnp.clip(held, low, high)
-        distance = jnp.abs(t - mine)
+    """The nearest code that no mask removes."""
+    held, code, least = _held(t), jnp.zeros_like(t), jnp.full_like(t, jnp.inf)
+    for k, z in enumerate(masks):
+        mine, distance = _nearest_of(t, held, cells.under(k))
         nearer = (z > 0) & (distance < least)
         code, least = jnp.where(nearer, mine, code), jnp.where(nearer, distance, least)
     return code
@@ -210,7 +217,7 @@ def _largest(t, s, near, cells, masks):
 
 
 def _nearest_of(t, code, runs):
-    """Of adjacent codes low .. high in `runs` the nearest to t, and its distance."""
+    """Of the codes in `runs` the nearest to t, whose cell is that of `code`, and its distance."""
     (mine, least), *others = [
         (clipped, jnp.abs(t - clipped)) for clipped in (jnp.clip(code, *run) for run in runs)
     ]
@@ -220,22 +227,13 @@ def _nearest_of(t, code, runs):
     return mine, least
 
 
-def _ends(cells):
-    return cells.low.tolist(), cells.high.tolist()
-
-
-def _numbers(cells, run):
-    """Numbers of the edges left and right of a run of codes."""
-    first = int(cells.low[0])
-    return run[0] - first, run[1] + 1 - first
-
-
 def _among(code, runs):
     return functools.reduce(jnp.logical_or, [(low <= code) & (code <= high) for low, high in runs])
 
 
-def _without_each(terms):
-    """For every term the sum of all others, without subtracting."""
+def _without_each(masks, parts):
+    """For every mask the weighted sum of all other parts, without subtracting."""
+    terms = [z * part for z, part in zip(masks, parts, strict=True)]
     before, after = [0], [0]
     for left, right in zip(terms[:-1], terms[:0:-1], strict=True):
         before.append(before[-1] + left)

@@ -18,6 +18,7 @@ every edge in memory, and exponentials are formed once for every `BLOCK` edges.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -43,14 +44,17 @@ class Place(NamedTuple):
 
 
 class Edge(NamedTuple):
-    """An edge, seen from t."""
+    """An edge, seen from t; relative to the nearest cell."""
 
-    arm: Any  # point - edge
+    e: Any
+    arm: Any  # point - e
     y: Any
     growth: Any
     base: Any
     total: Any  # growth * y + base
-    parts: tuple  # F less its limit, F', and F' times the arm; relative to the nearest cell
+    tail: Any  # F less its limit
+    slope: Any  # F'
+    moment: Any  # F' times the arm
 
     @property
     def below(self):
@@ -115,54 +119,49 @@ def mass(place, left: Edge, right: Edge, width):
 
 
 class Run(NamedTuple):
-    """Sums over adjacent cells: of their masses, and of their masses times n - code."""
+    """Adjacent cells: the edges at their ends, and `added(part)`, a sum over those between."""
 
-    mass: Any
-    slope: Any  # of F' at its ends
-    moment: Any  # of F' times the arm
-    first: Any
-    first_slope: Any
-    first_moment: Any
+    place: Place
+    left: Edge
+    right: Edge
+    count: Any
+    added: Callable
 
     @property
-    def changes(self):
-        """All that edges change."""
-        return self.slope, self.moment, self.first_slope, self.first_moment
+    def mass(self):
+        """The mass of all cells."""
+        return mass(self.place, self.left, self.right, self.count)
+
+    def lever(self, part, offset=0):
+        """Sum over its codes n of (n - code - offset) (part(right edge) - part(left edge)).
+
+        An edge between two of them leaves -1. The limits of F leave nothing where the offset is 0:
+        the cell of t has n = code.
+        """
+        high = self.right.e - 0.5 - self.place.code - offset
+        low = self.left.e + 0.5 - self.place.code - offset
+        return high * part(self.right) - low * part(self.left) - self.added(part)
 
 
 def run(place, origin, edge, start, stop) -> Run:
-    """Sums over the cells from edge number `start` to `stop`; edge: as `numbered` returns it.
+    """The cells from edge number `start` to `stop`; edge: as `numbered` returns it."""
+    fixed = isinstance(stop, int)
+    right = edge(stop) if fixed else at(place, origin + stop)
+    count, nothing = stop - start - 1, jnp.zeros_like(place.t)
 
-    An edge counts for the cell left of it and against the one right of it, so that n - code leaves
-    one less of every inner edge. The limits of F add up to nothing: the cell of t has n = code.
-    """
-    left, right = edge(start), edge(stop) if isinstance(stop, int) else at(place, origin + stop)
-    low = origin + start + 0.5 - place.code
-    high = origin + stop - 0.5 - place.code
-    ends = list(
-        zip(left.parts, right.parts, _inner(place, origin, edge, start + 1, stop), strict=True)
-    )
-    _, slope, moment = (r - p for p, r, _ in ends)
-    firsts = (high * r - low * p - inner for p, r, inner in ends)
-    return Run(mass(place, left, right, stop - start), slope, moment, *firsts)
+    def added(part):
+        if fixed and count <= UNROLLED:
+            return sum((part(edge(i)) for i in range(start + 1, stop)), nothing)
 
+        def add(block, total):
+            edge = numbered(place, origin + start + 1 + block * BLOCK)
+            for i in range(BLOCK):
+                total += jnp.where(block * BLOCK + i < count, part(edge(i)), 0)
+            return total
 
-def _inner(place, origin, edge, start, stop):
-    """Sums of `parts` over the edges start .. stop - 1."""
-    sums, count = (jnp.zeros_like(place.t),) * 3, stop - start
-    if isinstance(count, int) and count <= UNROLLED:
-        for i in range(start, stop):
-            sums = _plus(sums, edge(i).parts)
-        return sums
+        return lax.fori_loop(0, (count + BLOCK - 1) // BLOCK, add, nothing)
 
-    def add(block, sums):
-        edge = numbered(place, origin + start + block * BLOCK)
-        for i in range(BLOCK):
-            counts = block * BLOCK + i < count
-            sums = _plus(sums, (jnp.where(counts, part, 0) for part in edge(i).parts))
-        return sums
-
-    return lax.fori_loop(0, (count + BLOCK - 1) // BLOCK, add, sums)
+    return Run(place, edge(start), right, stop - start, added)
 
 
 def _edge(place, e, left, y):
@@ -170,13 +169,9 @@ def _edge(place, e, left, y):
     arm, total = place.point - e, growth * y + base
     square = total * total
     tail = jnp.where(left, y, -1) / total
-    return Edge(arm, y, growth, base, total, (tail, y / square, arm * y / square))
+    return Edge(e, arm, y, growth, base, total, tail, y / square, arm * y / square)
 
 
 def _pick(left, pair):
     """What an edge left of t takes, or right of it."""
     return pair[0] if pair[0] is pair[1] else jnp.where(left, *pair)
-
-
-def _plus(sums, more):
-    return tuple(a + b for a, b in zip(sums, more, strict=True))

@@ -32,7 +32,7 @@ __all__ = [
 
 ESTIMATORS = ("mode", "expectation")
 MASK_PROBABILITY, MASK_DEVIATION = 0.9, 0.01  # appendix F
-CHUNK = 2**14  # elements of a backward pass on the CPU: its intermediate arrays stay in the cache
+CHUNK = 2**16  # elements of a backward pass on the CPU: its intermediate arrays stay in the cache
 
 
 def quantize(x, alpha, sigma, *, bits, signed=True, masks=None, estimator="mode"):
