@@ -32,7 +32,7 @@ __all__ = [
 
 ESTIMATORS = ("mode", "expectation")
 MASK_PROBABILITY, MASK_DEVIATION = 0.9, 0.01  # appendix F
-CHUNK = 2**16  # elements of a backward pass on the CPU: its intermediate arrays stay in the cache
+CHUNK = 2**16  # elements of a backward pass on the CPU, whose arrays then stay in the cache
 
 
 def quantize(x, alpha, sigma, *, bits, signed=True, masks=None, estimator="mode"):
@@ -47,7 +47,8 @@ def quantize(x, alpha, sigma, *, bits, signed=True, masks=None, estimator="mode"
       masks: signed grids only, [*group, count], group broadcasting against x. Either bits - 1
         masks Z_1 .. Z_{bits-1} of the bit levels, or 2**(bits-1) - 1 masks of pairs of end points,
         from the outside in (figure 3).
-      estimator: "mode", eq. 3 as written, or "expectation": the gradient of sum_i r_i g_i.
+      estimator: "mode", eq. 3 as written, or "expectation": the gradient of sum_i r_i g_i, in
+        which sigma below alpha / 100 counts as alpha / 100.
 
     The cotangent of a mask that is exactly 0 is 0.
 
