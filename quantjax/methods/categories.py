@@ -17,6 +17,8 @@ from quantjax.methods import edges
 
 _TAIL, _SLOPE, _MOMENT = map(operator.attrgetter, ("tail", "slope", "moment"))
 
+FEW = 16  # masks whose sums a compiler may form anew for each of them
+
 
 class Cells(NamedTuple):
     """Adjacent runs of codes from left to right, and the mask that each of them is under."""
@@ -234,8 +236,11 @@ def _among(code, runs):
 def _without_each(masks, parts):
     """For every mask the weighted sum of all other parts, without subtracting."""
     terms = [z * part for z, part in zip(masks, parts, strict=True)]
-    before, after = [0], [0]
-    for left, right in zip(terms[:-1], terms[:0:-1], strict=True):
-        before.append(before[-1] + left)
-        after.append(after[-1] + right)
+    before, after = (_sums_before(ordered) for ordered in (terms, terms[::-1]))
     return [a + b for a, b in zip(before, after[::-1], strict=True)]
+
+
+def _sums_before(terms):
+    if len(terms) > FEW:
+        return [jnp.zeros_like(terms[0]), *jnp.cumsum(jnp.stack(terms[:-1]), axis=0)]
+    return [0, *itertools.accumulate(terms[:-1])]

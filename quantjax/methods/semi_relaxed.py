@@ -295,7 +295,10 @@ def _forward(x, alpha, sigma, masks, limits, cells, estimator):
 
 def _backward(cells, estimator, saved, cotangent):
     x, alpha, sigma, masks, limits = saved
-    groups = jnp.broadcast_shapes(alpha.shape, sigma.shape)
+    groups, shapes = jnp.broadcast_shapes(alpha.shape, sigma.shape), (alpha.shape, sigma.shape)
+    scalars = alpha.size == sigma.size == 1 and (masks is None or masks.ndim == 1)
+    if scalars:  # a part of x has another rank than x
+        alpha, sigma = alpha.reshape(()), sigma.reshape(())
     s = alpha / sigma
 
     def estimate(t):
@@ -313,19 +316,19 @@ def _backward(cells, estimator, saved, cotangent):
         return found, lambda _: []
 
     def pull(x, cotangent):
+        dtype = x.dtype
         x, cotangent = x.astype(alpha.dtype), cotangent.astype(alpha.dtype)
         t = x * (1 / alpha)
         found, to_masks = estimate(t)
         by_s = cotangent * found.sds
         by_alpha = cotangent * (found.value - t * found.dt) + by_s
         return (
-            (cotangent * found.dt).astype(saved[0].dtype),
+            (cotangent * found.dt).astype(dtype),
             by_alpha,
             by_s,
             *to_masks(cotangent * alpha),
         )
 
-    scalars = alpha.size == sigma.size == 1 and (masks is None or masks.ndim == 1)
     dx, by_alpha, by_s, *by_masks = (
         _in_chunks(pull, x, cotangent) if scalars else pull(x, cotangent)
     )
@@ -334,7 +337,8 @@ def _backward(cells, estimator, saved, cotangent):
         by_masks = jnp.stack([_sum_to(part, masks.shape[:-1]) for part in by_masks], -1)
         of_masks = jnp.where(masks == 0, 0, by_masks)
     by_alpha, by_s = (_sum_to(part, groups) for part in (by_alpha, by_s))
-    return dx, _sum_to(by_alpha, alpha.shape), _sum_to(-s * by_s, sigma.shape), of_masks, None
+    by_sigma = _sum_to(-s * by_s, shapes[1])
+    return dx, _sum_to(by_alpha, shapes[0]), by_sigma, of_masks, None
 
 
 _quantize.defvjp(_forward, _backward)
@@ -376,6 +380,8 @@ def _in_chunks(pull, x, cotangent):
 
 def _sum_to(array, shape):
     """Sums over the axes that were broadcast from `shape`."""
+    if math.prod(shape) == 1:
+        return array.sum().reshape(shape)
     lead = array.ndim - len(shape)
     array = array.sum(axis=tuple(range(lead)))
     stretched = tuple(i for i, (n, m) in enumerate(zip(shape, array.shape, strict=True)) if n < m)

@@ -154,3 +154,26 @@ def test_expectation_is_smooth_at_the_edges(kind):
     for expected, *got in zip(grads(edges), *map(grads, beside), strict=True):
         for other in got:
             np.testing.assert_allclose(other, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(), (1, 1)])
+def test_parts_of_an_array_are_the_whole(shape, masked, estimator, monkeypatch):
+    """On the CPU large arrays go back part by part: as one array, whatever alpha's rank."""
+    rng = np.random.default_rng(0)
+    x, cotangent = jnp.asarray(rng.normal(size=(2, 48, 8)), jnp.float32)
+    alpha, sigma = jnp.full(shape, 0.3), jnp.full(shape, 0.1)
+    masks = jnp.asarray([0.3, 0.8, 0.0]) if masked else None
+
+    def run(x, alpha, sigma, masks):
+        return semi_relaxed.quantize(x, alpha, sigma, bits=4, masks=masks, estimator=estimator)
+
+    found = []
+    for chunk in (2**16, 64):
+        monkeypatch.setattr(semi_relaxed, "CHUNK", chunk)
+        _, pull = jax.vjp(run, x, alpha, sigma, masks)
+        found.append(pull(cotangent))
+    assert found[1][1].shape == found[1][2].shape == shape
+    for one, parts in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(parts, one, rtol=1e-4, atol=1e-5)
