@@ -68,8 +68,9 @@ class Grids(NamedTuple):
     ) -> "Trained":
         """Trains with learned widths in the first half, and at these in the second (appendix F).
 
-        `estimator` is that of the weights: under the expectation's gradient the loss holds on to
-        every level, and short trainings drop none. Inputs, without masks, take the expectation's.
+        `estimator` is that of the weights. Under the expectation's gradient the loss holds on to
+        levels until it has little left to gain: it takes a converged start and a large penalty.
+        Inputs, without masks, take the expectation's.
         """
         quantizer = srq(
             bits,
