@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from quantjax.lab import data, models, multibit, recipes
-from quantjax.methods import categories
+from quantjax.methods import edges
 
 SCORES = {"low precision", "sparse", "error"}
 RECIPES = sorted(path.stem for path in recipes.FOLDER.glob("*.py"))
@@ -45,7 +45,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(
         multibit, "structured", lambda params, bits, **kw: structured(params, min(bits, 1), **kw)
     )
-    monkeypatch.setattr(categories, "UNROLLED", 0)  # loops compile sooner
+    monkeypatch.setattr(edges, "UNROLLED", 0)  # loops compile sooner
 
 
 def check(name, folder):

@@ -6,7 +6,6 @@ of cells, see `edges`.
 
 import functools
 import itertools
-import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from quantjax.methods import edges
-
-_TAIL, _SLOPE, _MOMENT = map(operator.attrgetter, ("tail", "slope", "moment"))
 
 FEW = 16  # masks whose sums a compiler may form anew for each of them
 
@@ -113,7 +110,7 @@ def expectation(t, s, low, count) -> Estimate:
     place = edges.place(t, s, code, holes=False)
     origin = low - 0.5
     run = edges.run(place, origin, edges.numbered(place, origin), 0, count)
-    return _mean(place, [run], [1], run.mass, run.lever(_TAIL) / run.mass)
+    return _mean(place, [run], [1], run.mass, run.lever(edges.TAIL) / run.mass)
 
 
 def masked_expectation(t, s, cells: Cells, masks):
@@ -125,7 +122,7 @@ def masked_expectation(t, s, cells: Cells, masks):
     borders = [*(cells.low - cells.low[0]).tolist(), int(cells.high[-1] - cells.low[0]) + 1]
     runs = [edges.run(place, origin, edge, *ends) for ends in itertools.pairwise(borders)]
     masses = _by_mask(cells, masks, [run.mass for run in runs])
-    levers = _by_mask(cells, masks, [run.lever(_TAIL) for run in runs])
+    levers = _by_mask(cells, masks, [run.lever(edges.TAIL) for run in runs])
     total = _weighted(masks, masses)
     shares, firsts = ([part / total for part in parts] for parts in (masses, levers))
     estimate = _mean(place, runs, masks[cells.mask], total, _weighted(masks, firsts))
@@ -158,7 +155,7 @@ def _mean(place, runs, weights, total, offset) -> Estimate:
     """The mean code + offset of runs of cells, and its derivatives."""
     slope, moment = (
         _weighted(weights, [run.lever(part, offset) for run in runs]) / total
-        for part in (_SLOPE, _MOMENT)
+        for part in (edges.SLOPE, edges.MOMENT)
     )
     dt = -place.s * slope
     return Estimate(place.code + offset, dt, -place.s * moment + (place.t - place.point) * dt)
@@ -213,7 +210,8 @@ def _largest(t, s, near, cells, masks):
         tail = mass * fade
         over = jnp.where(distance < 0.5, holding, (1 + tail) * (1 + tail * step))
         mass = z * mass
-        larger = mass * best[2] > best[1] * over
+        crossed, other = mass * best[2], best[1] * over
+        larger = (crossed > other) | ((crossed == other) & (mine == code))  # half-way as `round`
         best = jax.tree.map(lambda a, b, c=larger: jnp.where(c, a, b), (mine, mass, over), best)
     return best[0]
 

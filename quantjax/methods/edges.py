@@ -18,6 +18,7 @@ every edge in memory, and exponentials are formed once for every `BLOCK` edges.
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,7 +29,10 @@ LARGE = 1e9  # root of the largest y, whose square stays finite, and of 1 over t
 BLOCK = 4  # edges that share an exponential
 FAR = 85.0  # exp(FAR) is finite
 SHARPEST = 100.0  # largest s of a block
-UNROLLED = 40  # more edges than this are visited by a loop of the compiled program
+UNROLLED = 16  # more edges than this are visited by a loop of the compiled program
+
+
+PARTS = TAIL, SLOPE, MOMENT = tuple(map(operator.attrgetter, ("tail", "slope", "moment")))
 
 
 class Place(NamedTuple):
@@ -149,17 +153,22 @@ def run(place, origin, edge, start, stop) -> Run:
     right = edge(stop) if fixed else at(place, origin + stop)
     count, nothing = stop - start - 1, jnp.zeros_like(place.t)
 
+    @functools.cache
+    def in_a_loop():
+        def add(block, sums):
+            edge = numbered(place, origin + start + 1 + block * BLOCK)
+            for i in range(BLOCK):
+                counts = block * BLOCK + i < count
+                parts = (jnp.where(counts, part(edge(i)), 0) for part in PARTS)
+                sums = tuple(a + b for a, b in zip(sums, parts, strict=True))
+            return sums
+
+        return lax.fori_loop(0, (count + BLOCK - 1) // BLOCK, add, (nothing,) * len(PARTS))
+
     def added(part):
         if fixed and count <= UNROLLED:
             return sum((part(edge(i)) for i in range(start + 1, stop)), nothing)
-
-        def add(block, total):
-            edge = numbered(place, origin + start + 1 + block * BLOCK)
-            for i in range(BLOCK):
-                total += jnp.where(block * BLOCK + i < count, part(edge(i)), 0)
-            return total
-
-        return lax.fori_loop(0, (count + BLOCK - 1) // BLOCK, add, nothing)
+        return in_a_loop()[PARTS.index(part)]
 
     return Run(place, edge(start), right, stop - start, added)
 

@@ -148,8 +148,7 @@ def srq(
         checks.fitting(alpha, leaf)
         if not dropbits or key is None:
             _check_width(buffers, bits)
-            count = None if learn_bits else 2**bits
-            return on_grid(leaf, alpha, sigma, buffers["low"], buffers["high"], estimator, count)
+            return on_grid(leaf, alpha, sigma, buffers["low"], buffers["high"], estimator)
         return on_masked_grid(leaf, alpha, sigma, masks_of(learned, buffers, key), bits, estimator)
 
     def masks_of(learned, buffers, key):
@@ -220,7 +219,7 @@ def srq_input(bits: int, *, signed: bool | None = None, estimator: str = "mode")
         del key
         alpha, sigma = intervals.positive(state.learned)
         low, high = state.buffers["low"], state.buffers["high"]
-        x_hat = on_grid(x, alpha, sigma, low, high, estimator, 2**bits)
+        x_hat = on_grid(x, alpha, sigma, low, high, estimator)
         if update:
             seen = jnp.minimum(state.buffers["least"], least(lax.stop_gradient(x)))
             state = state._replace(buffers={**state.buffers, "least": seen})
