@@ -11,3 +11,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def few_programs():
     """Empties jax's caches: beyond some thousand programs they evict, and none can be counted."""
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Programs of tests about wiring, not numbers: most of their time would be the compiler's."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -12,6 +12,8 @@ import pytest
 from quantjax.lab import data, models, multibit, recipes
 from quantjax.methods import edges
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SCORES = {"low precision", "sparse", "error"}
 RECIPES = sorted(path.stem for path in recipes.FOLDER.glob("*.py"))
 

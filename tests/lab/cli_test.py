@@ -10,6 +10,8 @@ from quantjax.lab import recipes
 from quantjax.lab.cli import main
 from quantjax.lab.compare import Settings
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 compare = importlib.import_module("quantjax.lab.compare")
 
 

@@ -13,6 +13,8 @@ from quantjax.lab import compare, data, engine, methods, models
 from quantjax.lab.compare import Settings
 from tests.lab import toy_task
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FILES = {"report.html", "results.json", "results.csv", "pareto.png", "histograms.png"}
 
 

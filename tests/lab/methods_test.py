@@ -8,6 +8,8 @@ from quantjax.lab import engine, methods
 from quantjax.lab.deploy import deploy
 from tests.lab import toy_task
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 WIDTHS = (4, 3, 2)
 TOTAL = 4
 

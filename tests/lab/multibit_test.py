@@ -9,6 +9,8 @@ import quantjax as qj
 from quantjax.lab import alq_protocol, models, multibit
 from tests.lab import toy_task
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def shapes_of(params, **structures):
     quantizer = multibit.structured(params, 2, **structures)

@@ -7,6 +7,8 @@ import quantjax as qj
 from quantjax.lab import engine, phases
 from tests.experiments_test import Tiny, noise
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def make():
     dataset = noise("noise")

@@ -6,6 +6,8 @@ from quantjax.lab import data, engine, protocol
 from quantjax.lab.recipes import Context
 from tests.experiments_test import Tiny, noise
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def make(scale=1.0, **changes):
     dataset = noise("noise")

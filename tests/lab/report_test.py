@@ -17,6 +17,8 @@ import quantjax as qj
 from quantjax.lab import plots, report
 from quantjax.lab import rows as rows_lib
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FLOAT32 = np.dtype("float32")
 SETTINGS = {
     "dataset": "digits",
