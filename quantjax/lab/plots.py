@@ -28,7 +28,8 @@ def colors(results: Sequence) -> dict[str, tuple[str, str]]:
     """Returns a colour and a marker for each method; full precision is a star in ink."""
     low = dict.fromkeys(result.method for result in results if result.bits < 32)
     looks = {
-        method: (PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)])
+        # After nine methods colours come again, with other markers.
+        method: (PALETTE[i % len(PALETTE)], MARKERS[(i + i // len(PALETTE)) % len(MARKERS)])
         for i, method in enumerate(low)
     }
     full = (result.method for result in results if result.bits >= 32)

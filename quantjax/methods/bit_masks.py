@@ -53,6 +53,8 @@ def bit_penalty(masks, probs, *, temperature=0.2, gamma=-0.1, zeta=1.1):
 @functools.cache
 def cells(bits: int, count: int) -> Cells:
     """Returns the runs of codes under one of `count` masks."""
+    if bits == 1:
+        raise ValueError("masks need at least 2 bits: a 1-bit grid has no bit levels")
     if count == bits - 1:
         mask = bit_levels(bits)
     elif count == 2 ** (bits - 1) - 1:

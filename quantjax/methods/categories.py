@@ -14,6 +14,7 @@ import numpy as np
 
 from quantjax.methods import edges
 
+REACH = 2.0**20
 FEW = 16  # masks whose sums a compiler may form anew for each of them
 
 
@@ -61,14 +62,18 @@ def mode(t, s, code, low, high) -> Estimate:
 
 
 def masked_mode(t, s, cells: Cells, masks):
-    """Returns the code of largest mask times mass; masks: [1 + count, *group]."""
-    return _largest(t, s, _nearest(t, cells, masks), cells, masks)
+    """Returns the code of largest mask times mass, or NaN of NaN; masks: [1 + count, *group]."""
+    t = _within_reach(t)
+    found = _candidates(t, cells, masks)
+    return _largest(t, s, found, _nearest(t, found, masks), masks)
 
 
 def masked_mode_estimate(t, s, cells: Cells, masks):
     """Returns `masked_mode` under eq. 3, and (cotangent -> cotangents of the masks)."""
-    near = _nearest(t, cells, masks)
-    code = _largest(t, s, near, cells, masks)
+    t = _within_reach(t)
+    found = _candidates(t, cells, masks)
+    near = _nearest(t, found, masks)
+    code = _largest(t, s, found, near, masks)
     place = edges.place(t, s, near, holes=True)
     borders = [edges.at(place, e) for e in (*(cells.low - 0.5), cells.high[-1] + 0.5)]
     sizes = (cells.high - cells.low + 1).tolist()
@@ -106,7 +111,7 @@ def masked_mode_estimate(t, s, cells: Cells, masks):
 def expectation(t, s, low, count) -> Estimate:
     """The mean of `count` categories from `low` on, sum_i r_i n_i; both may be traced."""
     s = jnp.minimum(s, edges.SHARPEST)
-    code = jnp.clip(_held(t), low, low + count - 1)
+    code = jnp.clip(jnp.round(t), low, low + count - 1)
     place = edges.place(t, s, code, holes=False)
     origin = low - 0.5
     run = edges.run(place, origin, edges.numbered(place, origin), 0, count)
@@ -115,8 +120,9 @@ def expectation(t, s, low, count) -> Estimate:
 
 def masked_expectation(t, s, cells: Cells, masks):
     """Returns the mean of all masked categories, and (cotangent -> cotangents of the masks)."""
-    s = jnp.minimum(s, edges.SHARPEST)
-    place = edges.place(t, s, _nearest(t, cells, masks), holes=True)
+    t, s = _within_reach(t), jnp.minimum(s, edges.SHARPEST)
+    near = _nearest(t, _candidates(t, cells, masks), masks)
+    place = edges.place(t, s, near, holes=True)
     origin = float(cells.low[0]) - 0.5
     edge = edges.numbered(place, origin)
     borders = [*(cells.low - cells.low[0]).tolist(), int(cells.high[-1] - cells.low[0]) + 1]
@@ -175,56 +181,61 @@ def _width_term(s, width):
     return s * width / jnp.expm1(s * width)
 
 
-def _nearest(t, cells, masks):
-    """The nearest code that no mask removes."""
-    held, code, least = _held(t), jnp.zeros_like(t), jnp.full_like(t, jnp.inf)
-    for k, z in enumerate(masks):
-        mine, distance = _nearest_of(t, held, cells.under(k))
-        nearer = (z > 0) & (distance < least)
-        code, least = jnp.where(nearer, mine, code), jnp.where(nearer, distance, least)
-    return code
+def _within_reach(t):
+    """Bounded where float32 would no longer tell which code is nearer."""
+    return jnp.clip(t, -REACH, REACH)
 
 
-def _held(t):
-    """The code whose cell holds t, its right edge included; exact, as ceil(t - 0.5) is not."""
-    code = jnp.round(t)
-    return jnp.where(t - code == -0.5, code - 1, code)
+def _candidates(t, cells, masks):
+    """Of the codes under every mask the nearest one, and its distance."""
+    held, found = jnp.round(t), []
+    for k in range(len(masks)):
+        clipped = [jnp.clip(held, *run) for run in cells.under(k)]
+        pairs = [(code, jnp.abs(t - code)) for code in clipped]
+        found.append(functools.reduce(lambda a, b: _choose(b[1] < a[1], b, a), pairs))
+    return found
 
 
-def _largest(t, s, near, cells, masks):
+def _nearest(t, candidates, masks):
+    """The nearest code that no mask removes; of two, the one that `round` takes."""
+    held, best = jnp.round(t), (jnp.zeros_like(t), jnp.full_like(t, jnp.inf))
+    for z, (code, distance) in zip(masks, candidates, strict=True):
+        nearer = (distance < best[1]) | ((distance == best[1]) & (code == held))
+        best = _choose((z > 0) & nearer, (code, distance), best)
+    return best[0]
+
+
+def _largest(t, s, candidates, near, masks):
     """The code of the largest category: of a mask's codes the nearest can be it.
 
     At the distance d the mass is proportional to exp(-s d) / ((1 + exp(-s (d - 1/2))) (1 + exp(-s
     (d + 1/2)))), and told relative to the distance of the code `near`.
     """
-    code = jnp.round(t)
-    inside = jnp.abs(t - code)
+    held = jnp.round(t)
+    inside = jnp.abs(t - held)
     holding = (1 + jnp.exp(-s * (0.5 - inside))) * (1 + jnp.exp(-s * (0.5 + inside)))
     least = jnp.maximum(jnp.abs(t - near), 0.5)
     fade = jnp.exp(-s * (least - 0.5))
     step = jnp.exp(-s)
-    best = near, jnp.zeros_like(t), jnp.ones_like(t)
-    for k, z in enumerate(masks):
-        mine, distance = _nearest_of(t, code, cells.under(k))
+    nothing = jnp.zeros_like(t)
+    best = near, jnp.full_like(t, jnp.inf), nothing, nothing, jnp.ones_like(t)
+    for z, (code, distance) in zip(masks, candidates, strict=True):
         mass = jnp.exp(-s * jnp.maximum(distance - least, 0))  # 1 where the cell holds t
         tail = mass * fade
         over = jnp.where(distance < 0.5, holding, (1 + tail) * (1 + tail * step))
-        mass = z * mass
-        crossed, other = mass * best[2], best[1] * over
-        larger = (crossed > other) | ((crossed == other) & (mine == code))  # half-way as `round`
-        best = jax.tree.map(lambda a, b, c=larger: jnp.where(c, a, b), (mine, mass, over), best)
-    return best[0]
+        mine = code, distance, jnp.broadcast_to(z, t.shape), z * mass, over
+        ahead, behind = mine[3] * best[4], best[3] * over
+        # Masses of wide categories differ by less than a rounding: then order decides, half-way
+        # that of `round`.
+        larger = (ahead > behind) | ((ahead == behind) & (code == held))
+        surely = (z >= best[2]) & (distance < best[1])
+        never = (z <= best[2]) & (distance > best[1])
+        best = _choose(surely | (larger & ~never), mine, best)
+    return jnp.where(jnp.isnan(t), t, jnp.where(best[0] == 0, 0, best[0]))  # no negative zero
 
 
-def _nearest_of(t, code, runs):
-    """Of the codes in `runs` the nearest to t, whose cell is that of `code`, and its distance."""
-    (mine, least), *others = [
-        (clipped, jnp.abs(t - clipped)) for clipped in (jnp.clip(code, *run) for run in runs)
-    ]
-    for other, distance in others:
-        nearer = distance < least
-        mine, least = jnp.where(nearer, other, mine), jnp.where(nearer, distance, least)
-    return mine, least
+def _choose(condition, these, those):
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), these, those)
 
 
 def _among(code, runs):

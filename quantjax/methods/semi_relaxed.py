@@ -1,4 +1,4 @@
-"""Semi-relaxed quantization (SRQ) with DropBits: the mode of the categories, straight-through.
+"""Semi-relaxed quantization (SRQ) with DropBits: the mode of the categories.
 
 The forward pass rounds to the category of largest probability; the backward pass differentiates
 the probabilities of `categories`, in closed form and without ever forming them. DropBits multiplies
@@ -40,20 +40,21 @@ def quantize(x, alpha, sigma, *, bits, signed=True, masks=None, estimator="mode"
 
     Args:
       x: floats of any shape.
-      alpha: grid interval > 0, broadcasts against x.
-      sigma: scale of the logistic noise > 0, broadcasts against x; it only shapes gradients, and
-        with masks the choice among categories.
+      alpha: grid interval > 0, broadcasts to x.
+      sigma: scale of the logistic noise > 0, broadcasts to x; it only shapes gradients, and with
+        masks the choice among categories.
       bits: 1..8; the codes are -2**(bits-1) .. 2**(bits-1)-1, or 0 .. 2**bits-1 if not signed.
-      masks: signed grids only, [*group, count], group broadcasting against x. Either bits - 1
+      masks: signed grids only, [*group, count], group broadcasting to x. Either bits - 1
         masks Z_1 .. Z_{bits-1} of the bit levels, or 2**(bits-1) - 1 masks of pairs of end points,
         from the outside in (figure 3).
-      estimator: "mode", eq. 3 as written, or "expectation": the gradient of sum_i r_i g_i, in
-        which sigma below alpha / 100 counts as alpha / 100.
+      estimator: "mode", eq. 3 as written, or "expectation": the gradient of sum_i r_i g_i. There
+        sigma below alpha / 100 counts as alpha / 100, and gives log sigma the gradient of that.
 
     The cotangent of a mask that is exactly 0 is 0.
 
     Raises:
-      ValueError: bits, estimator or the number of masks; alpha or sigma not positive.
+      ValueError: bits, estimator or the number of masks; alpha or sigma not positive; shapes
+        larger than that of x.
     """
     checks.bits(bits, most=8)
     check_estimator(estimator)
@@ -61,14 +62,18 @@ def quantize(x, alpha, sigma, *, bits, signed=True, masks=None, estimator="mode"
     checks.number("sigma", sigma, "positive", lambda s: s > 0)
     x = jnp.asarray(x)
     dtype = rounding.work_dtype(x.dtype)
+    x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
     alpha, sigma = jnp.asarray(alpha, dtype), jnp.asarray(sigma, dtype)
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    masks = masks if masks is None else jnp.asarray(masks, dtype)
+    shapes = alpha.shape, sigma.shape, () if masks is None else masks.shape[:-1]
+    if np.broadcast_shapes(x.shape, *shapes) != x.shape:
+        raise ValueError(f"alpha, sigma and groups of masks {shapes} are larger than x {x.shape}")
     if masks is None:
         ends = jnp.asarray(low, dtype), jnp.asarray(high, dtype)
         return on_grid(x, alpha, sigma, *ends, estimator, 2**bits)
     if not signed:
         raise ValueError("masks need a signed grid: an unsigned one has no symmetric levels")
-    masks = jnp.asarray(masks, dtype)
     return on_masked_grid(x, alpha, sigma, masks, bits, estimator)
 
 
@@ -277,22 +282,23 @@ def on_masked_grid(x, alpha, sigma, masks, bits, estimator):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _quantize(x, alpha, sigma, masks, limits, cells, estimator):
+def _quantize(x, alpha, sigma, masks, limits, layout, estimator):
+    """layout: the `Cells` of the masks, or without masks the number of codes, None if traced."""
     del estimator
     if masks is None:
         codes = rounding.to_codes(x.astype(alpha.dtype), alpha, *limits)
     else:
         t = x.astype(alpha.dtype) * (1 / alpha)
-        codes = categories.masked_mode(t, alpha / sigma, cells, _lead(masks))
+        codes = categories.masked_mode(t, alpha / sigma, layout, _lead(masks))
     return (codes * alpha).astype(x.dtype)
 
 
-def _forward(x, alpha, sigma, masks, limits, cells, estimator):
-    x_hat = _quantize(x, alpha, sigma, masks, limits, cells, estimator)
+def _forward(x, alpha, sigma, masks, limits, layout, estimator):
+    x_hat = _quantize(x, alpha, sigma, masks, limits, layout, estimator)
     return x_hat, (x, alpha, sigma, masks, limits)
 
 
-def _backward(cells, estimator, saved, cotangent):
+def _backward(layout, estimator, saved, cotangent):
     x, alpha, sigma, masks, limits = saved
     groups, shapes = jnp.broadcast_shapes(alpha.shape, sigma.shape), (alpha.shape, sigma.shape)
     scalars = alpha.size == sigma.size == 1 and (masks is None or masks.ndim == 1)
@@ -303,14 +309,14 @@ def _backward(cells, estimator, saved, cotangent):
     def estimate(t):
         """An estimate, and how the cotangent of x_hat / alpha reaches the masks."""
         if masks is not None and estimator == "mode":
-            return categories.masked_mode_estimate(t, s, cells, _lead(masks))
+            return categories.masked_mode_estimate(t, s, layout, _lead(masks))
         if masks is not None:
-            return categories.masked_expectation(t, s, cells, _lead(masks))
+            return categories.masked_expectation(t, s, layout, _lead(masks))
         low, high = limits
         if estimator == "mode":
             found = categories.mode(t, s, jnp.clip(jnp.round(t), low, high), low, high)
         else:
-            count = (high - low + 1).astype(jnp.int32) if cells is None else cells
+            count = (high - low + 1).astype(jnp.int32) if layout is None else layout
             found = categories.expectation(t, s, low, count)
         return found, lambda _: []
 
@@ -383,7 +389,7 @@ def _sum_to(array, shape):
         return array.sum().reshape(shape)
     lead = array.ndim - len(shape)
     array = array.sum(axis=tuple(range(lead)))
-    stretched = tuple(i for i, (n, m) in enumerate(zip(shape, array.shape, strict=True)) if n < m)
+    stretched = tuple(i for i, (n, m) in enumerate(zip(shape, array.shape, strict=True)) if n != m)
     return array.sum(axis=stretched, keepdims=True)
 
 

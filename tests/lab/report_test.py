@@ -297,9 +297,9 @@ def test_pareto_front():
 
 
 def test_colors_are_distinct_by_method():
-    looks = plots.colors([make("float", 32.0), *(make(name) for name in "abcdefgha")])
-    assert len(looks) == 9
-    assert len(set(looks.values())) == 9
+    looks = plots.colors([make("float", 32.0), *(make(name) for name in "abcdefghijklmna")])
+    assert len(looks) == 15
+    assert len(set(looks.values())) == 15
     assert looks["float"] == (plots.INK, "*")
 
 

@@ -19,6 +19,7 @@ COUNT = {
     "levels": lambda bits: bits - 1,
     "ends": lambda b: 2 ** (b - 1) - 1,
 }
+LEVELS = {"levels": srq_reference.levels_by_grids, "ends": srq_reference.pairs_by_ends}
 
 
 @functools.cache
@@ -73,9 +74,7 @@ def test_closed_form_is_brute_force(config, seed, alpha, ratio, reach):
     masks = np.float32(np.clip(rng.uniform(-0.4, 1.4, COUNT[kind](bits)), 0, 1))
     of_code = np.zeros(2**bits, int)
     if kind != "none":
-        of_code = {"levels": srq_reference.levels_by_grids, "ends": srq_reference.pairs_by_ends}[
-            kind
-        ](bits)
+        of_code = LEVELS[kind](bits)
     inputs = x, alpha, sigma, masks, cotangent
     wide = [np.float64(part) for part in inputs]
 
@@ -129,6 +128,81 @@ def test_far_from_the_grid_all_is_finite(bits, kind, estimator, dtype):
             codes = np.asarray(value, np.float64) / alpha
             if kind == "none":  # the ends of the grid
                 assert (codes[-2], codes[-5]) == (2 ** (bits - 1) - 1, -(2 ** (bits - 1)))
+
+
+def close_to_reference(config, x, alpha, sigma, masks, tolerance):
+    """Cotangents of x, alpha, sigma and masks, element by element, relative to the largest."""
+    bits, signed, kind, estimator = config
+    of_code = np.zeros(2**bits, int)
+    if kind != "none":
+        of_code = LEVELS[kind](bits)
+    cotangent = np.ones_like(x)
+    wide = [np.float64(part) for part in (x, alpha, sigma, masks)]
+    expected = srq_reference.srq(
+        *wide, of_code, cotangent, bits=bits, signed=signed, estimator=estimator
+    )
+    spread = (jnp.full(x.shape, part, x.dtype) for part in (alpha, sigma))
+    group = jnp.broadcast_to(jnp.asarray(masks, x.dtype), (x.size, len(masks)))
+    _, *got = program(*config)(jnp.asarray(x), *spread, group, jnp.asarray(cotangent))
+    for name, part in zip(("x", "alpha", "sigma", "masks"), got, strict=True):
+        want = getattr(expected, name)
+        error = np.max(np.abs(np.asarray(part) - want), initial=0)
+        assert error <= tolerance * np.max(np.abs(want), initial=0), name
+
+
+@pytest.mark.parametrize("z", [1.0, 0.7])
+@pytest.mark.parametrize("kind", ["none", "levels", "ends"])
+def test_expectation_half_way_between_codes(kind, z):
+    """Its derivatives do not know to which side such a point is rounded."""
+    x = np.arange(-10, 10, dtype=np.float32) + np.float32(0.5)
+    masks = np.float32([z, 0.9 * z, z][: COUNT[kind](3)])
+    close_to_reference((3, True, kind, "expectation"), x, 1.0, 0.3, masks, 1e-5)
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.02, 10.0])
+@pytest.mark.parametrize("kind", ["none", "levels"])
+def test_expectation_of_sharp_and_of_wide_categories(kind, ratio):
+    x = np.float32(np.random.default_rng(0).uniform(-11, 11, 48))
+    for masks in ([1, 1, 1], [0, 0, 1e-3], [0.3, 0, 0.7]):
+        masks = np.float32(masks[: COUNT[kind](4)])
+        close_to_reference((4, True, kind, "expectation"), x, 1.0, ratio, masks, 2e-4)
+
+
+@pytest.mark.parametrize("kind", ["levels", "ends"])
+@pytest.mark.parametrize("ratio", [1e-5, 0.3, 30.0, 1e4])
+def test_with_full_masks_the_mode_is_rounding(kind, ratio):
+    half = np.arange(-12, 12, dtype=np.float32) + np.float32(0.5)
+    beside = [np.nextafter(half, np.float32(end)) for end in (-99, 99)]
+    x = np.concatenate([half, *beside, np.linspace(-12, 12, 999), [-1e30, 1e30, -np.inf, np.inf]])
+    x = jnp.asarray(x, jnp.float32)
+    masks = jnp.ones(COUNT[kind](4))
+    got = semi_relaxed.quantize(x, 1.0, ratio, bits=4, masks=masks)
+    np.testing.assert_array_equal(got, jnp.clip(jnp.round(x), -8, 7))
+    assert not np.any(np.signbit(got[got == 0]))
+
+
+def test_masks_let_nan_through():
+    x = jnp.asarray([jnp.nan, 1.0])
+    got = semi_relaxed.quantize(x, 1.0, 0.3, bits=4, masks=jnp.ones(3))
+    np.testing.assert_array_equal(got, x)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_shapes(estimator):
+    def quantize(x, alpha, masks=None, bits=3):
+        return semi_relaxed.quantize(
+            x, alpha, jnp.ones_like(alpha), bits=bits, masks=masks, estimator=estimator
+        )
+
+    grads = jax.grad(lambda alpha: quantize(jnp.zeros((0, 4)), alpha).sum())(jnp.ones((1, 4)))
+    np.testing.assert_array_equal(grads, jnp.zeros((1, 4)))
+    for alpha, masks in ((jnp.ones((1, 4)), None), (jnp.ones(()), jnp.ones((2, 1, 2)))):
+        with pytest.raises(ValueError, match="larger than x"):
+            quantize(jnp.ones(4), alpha, masks)
+    with pytest.raises(ValueError, match="at least 2 bits"):
+        quantize(jnp.ones(4), jnp.ones(()), jnp.ones(0), bits=1)
+    whole = quantize(jnp.arange(4), jnp.float32(0.5))
+    np.testing.assert_array_equal(whole, jnp.asarray([0, 1, 1.5, 1.5]))
 
 
 @pytest.mark.parametrize("kind", ["none", "levels"])
