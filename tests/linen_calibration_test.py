@@ -20,6 +20,8 @@ from tests.linen_toys import (
     learned_step,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def test_calibrate_fits_first_and_updates_after():
     x, model = data(6, 4), Mlp()

@@ -25,6 +25,8 @@ from tests.linen_toys import (
     learned_step,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def test_values_are_those_of_quantizing_by_hand():
     x, q = data(6, 4), uniform_input(3)

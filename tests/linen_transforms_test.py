@@ -22,6 +22,8 @@ from tests.linen_toys import (
     learned_step,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def test_remat_agrees_with_the_plain_model():
     x = data(6, 4)

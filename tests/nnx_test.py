@@ -15,6 +15,8 @@ from quantjax import nnx as qnnx
 from quantjax.core import rounding
 from quantjax.methods.uniform import uniform_input
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def learned_step(bits=4, noise=0.0):
     """A learned-step quantizer that also counts its updates; with a key it dithers."""

@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 import quantjax as qj
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def alq_and_sgd():
     phases = (qj.Phase("basis", 300, 0.05), qj.Phase("coordinate", 300, 0.01))
