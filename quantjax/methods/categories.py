@@ -15,6 +15,7 @@ import numpy as np
 from quantjax.methods import edges
 
 REACH = 2.0**20
+FAR = 1e30
 FEW = 16  # masks whose sums a compiler may form anew for each of them
 
 
@@ -63,17 +64,13 @@ def mode(t, s, code, low, high) -> Estimate:
 
 def masked_mode(t, s, cells: Cells, masks):
     """Returns the code of largest mask times mass, or NaN of NaN; masks: [1 + count, *group]."""
-    t = _within_reach(t)
-    found = _candidates(t, cells, masks)
-    return _largest(t, s, found, _nearest(t, found, masks), masks)
+    return _largest(_within_reach(t), s, cells, masks)
 
 
 def masked_mode_estimate(t, s, cells: Cells, masks):
     """Returns `masked_mode` under eq. 3, and (cotangent -> cotangents of the masks)."""
     t = _within_reach(t)
-    found = _candidates(t, cells, masks)
-    near = _nearest(t, found, masks)
-    code = _largest(t, s, found, near, masks)
+    near, code = _nearest(t, cells, masks), _largest(t, s, cells, masks)
     place = edges.place(t, s, near, holes=True)
     borders = [edges.at(place, e) for e in (*(cells.low - 0.5), cells.high[-1] + 0.5)]
     sizes = (cells.high - cells.low + 1).tolist()
@@ -121,8 +118,7 @@ def expectation(t, s, low, count) -> Estimate:
 def masked_expectation(t, s, cells: Cells, masks):
     """Returns the mean of all masked categories, and (cotangent -> cotangents of the masks)."""
     t, s = _within_reach(t), jnp.minimum(s, edges.SHARPEST)
-    near = _nearest(t, _candidates(t, cells, masks), masks)
-    place = edges.place(t, s, near, holes=True)
+    place = edges.place(t, s, _nearest(t, cells, masks), holes=True)
     origin = float(cells.low[0]) - 0.5
     edge = edges.numbered(place, origin)
     borders = [*(cells.low - cells.low[0]).tolist(), int(cells.high[-1] - cells.low[0]) + 1]
@@ -186,51 +182,47 @@ def _within_reach(t):
     return jnp.clip(t, -REACH, REACH)
 
 
-def _candidates(t, cells, masks):
-    """Of the codes under every mask the nearest one, and its distance."""
-    held, found = jnp.round(t), []
-    for k in range(len(masks)):
-        clipped = [jnp.clip(held, *run) for run in cells.under(k)]
-        pairs = [(code, jnp.abs(t - code)) for code in clipped]
-        found.append(functools.reduce(lambda a, b: _choose(b[1] < a[1], b, a), pairs))
-    return found
+def _nearest_of(t, runs):
+    """The nearest code in `runs`, and its distance."""
+    clipped = [jnp.clip(jnp.round(t), *run) for run in runs]
+    pairs = [(code, jnp.abs(t - code)) for code in clipped]
+    return functools.reduce(lambda a, b: _choose(b[1] < a[1], b, a), pairs)
 
 
-def _nearest(t, candidates, masks):
+def _nearest(t, cells, masks):
     """The nearest code that no mask removes; of two, the one that `round` takes."""
-    held, best = jnp.round(t), (jnp.zeros_like(t), jnp.full_like(t, jnp.inf))
-    for z, (code, distance) in zip(masks, candidates, strict=True):
-        nearer = (distance < best[1]) | ((distance == best[1]) & (code == held))
+    best = _nearest_of(t, cells.under(0))  # which nothing masks
+    for k, z in list(enumerate(masks))[1:]:
+        code, distance = _nearest_of(t, cells.under(k))
+        nearer = (distance < best[1]) | ((distance == best[1]) & (code == jnp.round(t)))
         best = _choose((z > 0) & nearer, (code, distance), best)
     return best[0]
 
 
-def _largest(t, s, candidates, near, masks):
+def _largest(t, s, cells, masks):
     """The code of the largest category: of a mask's codes the nearest can be it.
 
-    At the distance d the mass is proportional to exp(-s d) / ((1 + exp(-s (d - 1/2))) (1 + exp(-s
-    (d + 1/2)))), and told relative to the distance of the code `near`.
+    With E = exp(-s d) at the distance d, the mass is proportional to E / (1 + c E + E**2), c = 2
+    cosh(s / 2). Where z E / (..) exceeds that of the best so far is told without a quotient, and
+    as a sum of what E and what z adds to it: each is exact in its sign, however wide or sharp.
     """
-    held = jnp.round(t)
-    inside = jnp.abs(t - held)
-    holding = (1 + jnp.exp(-s * (0.5 - inside))) * (1 + jnp.exp(-s * (0.5 + inside)))
-    least = jnp.maximum(jnp.abs(t - near), 0.5)
-    fade = jnp.exp(-s * (least - 0.5))
-    step = jnp.exp(-s)
-    nothing = jnp.zeros_like(t)
-    best = near, jnp.full_like(t, jnp.inf), nothing, nothing, jnp.ones_like(t)
-    for z, (code, distance) in zip(masks, candidates, strict=True):
-        mass = jnp.exp(-s * jnp.maximum(distance - least, 0))  # 1 where the cell holds t
-        tail = mass * fade
-        over = jnp.where(distance < 0.5, holding, (1 + tail) * (1 + tail * step))
-        mine = code, distance, jnp.broadcast_to(z, t.shape), z * mass, over
-        ahead, behind = mine[3] * best[4], best[3] * over
-        # Masses of wide categories differ by less than a rounding: then order decides, half-way
-        # that of `round`.
-        larger = (ahead > behind) | ((ahead == behind) & (code == held))
-        surely = (z >= best[2]) & (distance < best[1])
-        never = (z <= best[2]) & (distance > best[1])
-        best = _choose(surely | (larger & ~never), mine, best)
+    candidates = [_nearest_of(t, cells.under(k)) for k in range(len(masks))]
+    least = candidates[0][1]  # of the codes that no mask removes
+    for z, (_, distance) in zip(masks[1:], candidates[1:], strict=True):
+        least = jnp.where(z > 0, jnp.minimum(least, distance), least)
+    # E is told relative to that of the nearest, `fade`, which multiplies c and E**2.
+    wide = jnp.minimum(jnp.exp(s * (0.5 - least)), FAR)
+    c, fade = wide * (1 + jnp.exp(-s)), wide * jnp.exp(-0.5 * s)
+    square = fade * fade
+    best = candidates[0][0], jnp.exp(-s * (candidates[0][1] - least)), jnp.ones_like(t)
+    for z, (code, distance) in zip(masks[1:], candidates[1:], strict=True):
+        E = jnp.exp(-s * jnp.maximum(distance - least, 0))
+        _, best_E, best_z = best
+        by_distance = z * (E - best_E) * (1 - square * E * best_E)
+        by_mask = (z - best_z) * best_E * (1 + E * (c + square * E))
+        more = by_distance + by_mask
+        larger = (more > 0) | ((more == 0) & (code == jnp.round(t)))  # half-way as `round`
+        best = _choose((z > 0) & larger, (code, E, jnp.broadcast_to(z, t.shape)), best)
     return jnp.where(jnp.isnan(t), t, jnp.where(best[0] == 0, 0, best[0]))  # no negative zero
 
 

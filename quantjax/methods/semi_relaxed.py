@@ -16,7 +16,7 @@ from jax import lax
 
 from quantjax.core import checks, qarray, rounding
 from quantjax.core.quantizer import InputQuantizer, Quantizer, QuantState, leafwise
-from quantjax.methods import bit_masks, categories, hard_concrete, intervals
+from quantjax.methods import bit_masks, categories, chunks, hard_concrete, intervals
 from quantjax.methods.bit_masks import bit_levels, bit_penalty
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
 
 ESTIMATORS = ("mode", "expectation")
 MASK_PROBABILITY, MASK_DEVIATION = 0.9, 0.01  # appendix F
-CHUNK = 2**16  # elements of a backward pass on the CPU, whose arrays then stay in the cache
 
 
 def quantize(x, alpha, sigma, *, bits, signed=True, masks=None, estimator="mode"):
@@ -287,9 +286,9 @@ def _quantize(x, alpha, sigma, masks, limits, layout, estimator):
     del estimator
     if masks is None:
         codes = rounding.to_codes(x.astype(alpha.dtype), alpha, *limits)
-    else:
-        t = x.astype(alpha.dtype) * (1 / alpha)
-        codes = categories.masked_mode(t, alpha / sigma, layout, _lead(masks))
+        return (codes * alpha).astype(x.dtype)
+    t = x.astype(alpha.dtype) * (1 / alpha)
+    codes = categories.masked_mode(t, alpha / sigma, layout, _lead(masks))
     return (codes * alpha).astype(x.dtype)
 
 
@@ -301,9 +300,7 @@ def _forward(x, alpha, sigma, masks, limits, layout, estimator):
 def _backward(layout, estimator, saved, cotangent):
     x, alpha, sigma, masks, limits = saved
     groups, shapes = jnp.broadcast_shapes(alpha.shape, sigma.shape), (alpha.shape, sigma.shape)
-    scalars = alpha.size == sigma.size == 1 and (masks is None or masks.ndim == 1)
-    if scalars:  # a part of x has another rank than x
-        alpha, sigma = alpha.reshape(()), sigma.reshape(())
+    one_group, alpha, sigma = _groups(alpha, sigma, masks)
     s = alpha / sigma
 
     def estimate(t):
@@ -334,63 +331,29 @@ def _backward(layout, estimator, saved, cotangent):
             *to_masks(cotangent * alpha),
         )
 
-    dx, by_alpha, by_s, *by_masks = (
-        _in_chunks(pull, x, cotangent) if scalars else pull(x, cotangent)
-    )
+    dx, by_alpha, by_s, *by_masks = chunks.map_and_sum(pull, one_group, x, cotangent)
     of_masks = None
     if masks is not None:
-        by_masks = jnp.stack([_sum_to(part, masks.shape[:-1]) for part in by_masks], -1)
+        by_masks = jnp.stack([chunks.sum_to(part, masks.shape[:-1]) for part in by_masks], -1)
         of_masks = jnp.where(masks == 0, 0, by_masks)
-    by_alpha, by_s = (_sum_to(part, groups) for part in (by_alpha, by_s))
-    by_sigma = _sum_to(-s * by_s, shapes[1])
-    return dx, _sum_to(by_alpha, shapes[0]), by_sigma, of_masks, None
+    by_alpha, by_s = (chunks.sum_to(part, groups) for part in (by_alpha, by_s))
+    by_sigma = chunks.sum_to(-s * by_s, shapes[1])
+    return dx, chunks.sum_to(by_alpha, shapes[0]), by_sigma, of_masks, None
 
 
 _quantize.defvjp(_forward, _backward)
+
+
+def _groups(alpha, sigma, masks):
+    """Whether all of x has one grid, and then scalars: a part of x has another rank than x."""
+    one = alpha.size == sigma.size == 1 and (masks is None or masks.ndim == 1)
+    return (one, alpha.reshape(()), sigma.reshape(())) if one else (one, alpha, sigma)
 
 
 def _lead(masks):
     """[*group, count] -> [1 + count, *group], the first for the codes that are never masked."""
     masks = jnp.moveaxis(masks, -1, 0)
     return jnp.concatenate([jnp.ones_like(masks, shape=(1, *masks.shape[1:])), masks])
-
-
-def _in_chunks(pull, x, cotangent):
-    """Runs `pull` part by part on the CPU, where its intermediate arrays then stay in the cache.
-
-    All results but the first are only ever summed over: they come back added up over the parts.
-    """
-    count = max(1, x.size // CHUNK)
-    count = next((n for n in range(count, 2 * count) if x.size % n == 0), 1)
-    if count == 1:
-        return pull(x, cotangent)
-
-    def one_by_one(x, cotangent):
-        def body(sums, part):
-            dx, *more = pull(*part)
-            return jax.tree.map(jnp.add, sums, more), dx
-
-        parts = x.reshape(count, -1), cotangent.reshape(count, -1)
-        shapes = jax.eval_shape(pull, *(part[0] for part in parts))[1:]
-        start = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in shapes]
-        sums, dx = lax.scan(body, start, parts)
-        return dx.reshape(x.shape), *sums
-
-    def at_once(x, cotangent):
-        dx, *more = pull(x, cotangent)
-        return dx, *(part.reshape(count, -1).sum(0) for part in more)
-
-    return lax.platform_dependent(x, cotangent, cpu=one_by_one, default=at_once)
-
-
-def _sum_to(array, shape):
-    """Sums over the axes that were broadcast from `shape`."""
-    if math.prod(shape) == 1:
-        return array.sum().reshape(shape)
-    lead = array.ndim - len(shape)
-    array = array.sum(axis=tuple(range(lead)))
-    stretched = tuple(i for i, (n, m) in enumerate(zip(shape, array.shape, strict=True)) if n != m)
-    return array.sum(axis=stretched, keepdims=True)
 
 
 def check_estimator(estimator):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from quantjax.methods import semi_relaxed
+from quantjax.methods import chunks, semi_relaxed
 from tests.methods import srq_reference
 
 SIZE = 48
@@ -247,7 +247,7 @@ def test_parts_of_an_array_are_the_whole(shape, masked, estimator, monkeypatch):
 
     found = []
     for chunk in (2**16, 64):
-        monkeypatch.setattr(semi_relaxed, "CHUNK", chunk)
+        monkeypatch.setattr(chunks, "CHUNK", chunk)
         pull = jax.jit(lambda *args: jax.vjp(run, *args)[1](cotangent))
         found.append(pull(x, alpha, sigma, masks))
     assert found[1][1].shape == found[1][2].shape == shape
