@@ -14,7 +14,7 @@ def map_and_sum(fn, divisible: bool, *arrays):
 
     Args:
       fn: (*arrays) -> arrays of their shape. The first is returned as it is; the others are only
-        ever summed over, and come back in any shape that has the same sum.
+        ever summed over, and where divided come back as their sums.
       divisible: fn takes flat parts of the arrays, too.
       arrays: all of one shape.
     """
@@ -33,11 +33,11 @@ def map_and_sum(fn, divisible: bool, *arrays):
         results = jax.eval_shape(fn, *(part[0] for part in parts))[1:]
         start = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in results]
         sums, first = lax.scan(body, start, parts)
-        return first.reshape(shape), *sums
+        return first.reshape(shape), *(part.sum() for part in sums)
 
     def at_once(*arrays):
         first, *more = fn(*arrays)
-        return first, *(part.reshape(count, -1).sum(0) for part in more)
+        return first, *(part.sum() for part in more)  # no reshape: x may be sharded
 
     return lax.platform_dependent(*arrays, cpu=one_by_one, default=at_once)
 
