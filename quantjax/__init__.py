@@ -13,16 +13,16 @@ from quantjax.core.quantizer import (
     partition,
 )
 from quantjax.core.summary import summary
-from quantjax.methods.alq import alq, alq_params, alq_state
-from quantjax.methods.alq_schedule import Phase, alq_rounds
+from quantjax.methods.alq.multibit import average_bits, multi_bit, sketch, storage_bits
+from quantjax.methods.alq.multibit_input import multi_bit_input
+from quantjax.methods.alq.schedule import Phase, alq_rounds
+from quantjax.methods.alq.transformation import alq, alq_params, alq_state
 from quantjax.methods.amsgrad import projected_amsgrad
-from quantjax.methods.focused import focused
-from quantjax.methods.multibit import average_bits, multi_bit, sketch, storage_bits
-from quantjax.methods.multibit_input import multi_bit_input
+from quantjax.methods.fq.focused import focused
 from quantjax.methods.pruning import magnitude, n_m, pruned, surgery
 from quantjax.methods.psg import position_scale, psg, scale_by_position, warp
-from quantjax.methods.relaxed import rq, rq_input
-from quantjax.methods.semi_relaxed import srq, srq_input
+from quantjax.methods.srq.relaxed import rq, rq_input
+from quantjax.methods.srq.semi_relaxed import srq, srq_input
 from quantjax.methods.uniform import nearest, symmetric_step, uniform, uniform_input, zero
 
 __all__ = [

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from quantjax.lab import results
+from quantjax.lab.report import records
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -28,8 +28,8 @@ def test_the_two_commands_are_the_ones_of_ci():
 
 
 def test_results_are_the_records():
-    text = results.markdown(results.load(ROOT / "experiments" / "results"))
-    assert results.replaced(README, text) == README
+    text = records.markdown(records.load(ROOT / "experiments" / "results"))
+    assert records.replaced(README, text) == README
 
 
 def test_pictures_and_files_that_it_names_exist():

@@ -1,6 +1,6 @@
 """What ALQ costs: sketches, a basis step of one large layer, and a training step of LeNet-5.
 
-    python experiments/benchmarks/alq_speed.py [--repeats 7] [--write]
+    python -m experiments.benchmarks.alq_speed [--repeats 7] [--write]
 
 Every time is the median of its repeats after compilation; the two LeNet-5 steps alternate, so that
 a busy machine slows both alike. Processor seconds are those of all threads, whatever else the
@@ -17,10 +17,11 @@ import numpy as np
 import optax
 
 import quantjax as qj
+from experiments.alq import training
 from quantjax.core import paths
-from quantjax.lab import models, multibit
+from quantjax.lab import models
 from quantjax.lab.recipes import benchmark
-from quantjax.methods import alq_steps
+from quantjax.methods.alq import steps
 
 BITS = 8
 BARS = {"sketch s": 8.0, "basis step s": 0.3, "LeNet-5 ratio": 5.0}
@@ -69,9 +70,9 @@ def basis_step(repeats):
     mb = jax.jit(lambda w: qj.sketch(w, BITS, -2))(w)
 
     def step(mb, grad, moments):
-        return alq_steps.basis_step(mb, grad, moments, learning_rate=1e-3)
+        return steps.basis_step(mb, grad, moments, learning_rate=1e-3)
 
-    arguments = mb, random(1, w.shape, 1e-2), alq_steps.init_moments(mb)
+    arguments = mb, random(1, w.shape, 1e-2), steps.init_moments(mb)
     (clock, processor), temporary = timed(step, *arguments, repeats=repeats)
     return {
         "basis step s": round(clock, 4),
@@ -86,7 +87,7 @@ def lenet_step(pairs):
     model = models.build("lenet5", 10)
     images, labels = random(0, (BATCH, 28, 28, 1)), jnp.arange(BATCH) % 10
     params = jax.jit(model.init)(jax.random.key(0), images[:1])["params"]
-    quantizer = multibit.structured(params, BITS, conv="kernelwise")
+    quantizer = training.structured(params, BITS, conv="kernelwise")
     phases = (qj.Phase("basis", 10**6, 1e-3), qj.Phase("coordinate", 1, 1e-4))
 
     def loss(params):
@@ -104,7 +105,7 @@ def lenet_step(pairs):
 
     runs = {
         "full precision": make(optax.adam(1e-3)),
-        "basis phase": make(multibit.optimizer(params, quantizer, phases)),
+        "basis phase": make(training.optimizer(params, quantizer, phases)),
     }
     times = {name: [] for name in runs}
     for pair in range(pairs):

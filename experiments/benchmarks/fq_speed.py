@@ -1,6 +1,6 @@
 """Focused Quantization of ResNet-50 and ResNet-18 by shape: fits, quantization, idle updates.
 
-    python experiments/benchmarks/fq_speed.py [--density 0.2] [--repeats 5] [--write]
+    python -m experiments.benchmarks.fq_speed [--density 0.2] [--repeats 5] [--write]
 
 25.5 and 11.7 million random weights, pruned by magnitude, layer by layer. Compilation is timed
 apart.

@@ -1,6 +1,6 @@
 """What `scale_by_position` adds to a ResNet-32 training step, as a ratio within one run.
 
-    python experiments/benchmarks/psg_overhead.py [--batch 128] [--pairs 20] [--write]
+    python -m experiments.benchmarks.psg_overhead [--batch 128] [--pairs 20] [--write]
 
 The two steps alternate, so that a busy machine slows both alike; the ratio is that of the
 medians. `--write` leaves the record in experiments/results/benchmarks/.
@@ -14,8 +14,9 @@ import numpy as np
 import optax
 
 import quantjax as qj
-from quantjax.lab import data, engine, models
+from quantjax.lab import data, models
 from quantjax.lab.recipes import benchmark
+from quantjax.lab.train import engine
 
 BAR = 1.05
 

@@ -1,6 +1,6 @@
 """What SRQ costs beside a learned-step (LSQ) fake quantizer, as ratios within one run.
 
-    python experiments/benchmarks/srq_cost.py [--rounds 7] [--write]
+    python -m experiments.benchmarks.srq_cost [--rounds 7] [--write]
 
 Value and all gradients on a (128, 28, 28, 32) float32 activation at 4 bits; DropBits against SRQ on
 a weight of 2.4 million elements. The programs take turns, so that a busy machine slows all alike;
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from quantjax.lab.recipes import benchmark
-from quantjax.methods import relaxed, semi_relaxed
+from quantjax.methods.srq import relaxed, semi_relaxed
 
 ACTIVATION = (128, 28, 28, 32)
 WEIGHT = (3, 3, 512, 512)

@@ -25,8 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError:
         print("quantjax: the command line needs the extra: pip install 'quantjax[lab]'")
         return 2
-    from quantjax.lab import recipes, results
+    from quantjax.lab import recipes
     from quantjax.lab.compare import Settings, compare
+    from quantjax.lab.report import records
 
     positional = tyro.conf.Positional
 
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         Args:
           write: a Markdown file whose results section is replaced.
         """
-        results.show(write)
+        records.show(write)
 
     try:
         tyro.extras.subcommand_cli_from_dict(

@@ -9,10 +9,12 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from quantjax.lab import data, engine, methods, models, phases, report
+from quantjax.lab import data, methods, models
 from quantjax.lab.deploy import deploy
 from quantjax.lab.recipes import check_writable, versions
-from quantjax.lab.rows import Result, table
+from quantjax.lab.report import files
+from quantjax.lab.report.rows import Result, table
+from quantjax.lab.train import engine, phases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +92,14 @@ def compare(settings: Settings) -> list[Result]:
                 f"[dim]{result.title}, {result.bits:g} bits: "
                 f"{result.quantized:.2f} percent in {result.seconds:.0f} s[/]"
             )
-            report.write(settings.out, described, results, complete=False)
+            files.write(settings.out, described, results, complete=False)
         complete = True
     except KeyboardInterrupt:
         console.print("interrupted: the report holds the finished rows")
         raise
     finally:
         if results:
-            page = report.write(settings.out, described, results, complete=complete)
+            page = files.write(settings.out, described, results, complete=complete)
             console.print(table(results))
             console.print(f"report: {page}")
     return results

@@ -5,21 +5,21 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import jax
 import optax
 
 from quantjax.core import checks, paths
 from quantjax.core.quantizer import Quantizer, chain, decay_mask, weights
-from quantjax.lab.engine import Method
-from quantjax.lab.grids import faster_masks
 from quantjax.lab.names import nearest_name_error
-from quantjax.methods.alq import alq, alq_state
-from quantjax.methods.alq_schedule import alq_rounds
-from quantjax.methods.focused import focused
-from quantjax.methods.multibit import multi_bit
+from quantjax.lab.train.engine import Method
+from quantjax.methods.alq.multibit import multi_bit
+from quantjax.methods.alq.schedule import alq_rounds
+from quantjax.methods.alq.transformation import alq, alq_state
+from quantjax.methods.fq.focused import focused
 from quantjax.methods.pruning import magnitude, surgery
 from quantjax.methods.psg import psg, scale_by_position
-from quantjax.methods.relaxed import rq
-from quantjax.methods.semi_relaxed import srq
+from quantjax.methods.srq.relaxed import rq
+from quantjax.methods.srq.semi_relaxed import srq
 from quantjax.methods.uniform import uniform, zero
 
 # lambda_s by width, found on 300 held-out digits with three seeds (appendix G of the paper): the
@@ -29,6 +29,7 @@ DIRECTIONAL_STRENGTH = 4.0
 DENSITY = 0.2  # of the pruned networks
 SPARSE_STRENGTH = 60.0  # lambda_s with the target zero
 WIDTHS = range(1, 17)  # that any method has
+MASK_RATE = 10  # the masks' logits learn that much faster: a short training has to move them
 
 
 class Plan(NamedTuple):
@@ -180,6 +181,20 @@ def _momentum(rate):
 def strength(bits: int) -> float:
     """Returns lambda_s for a width; that of the nearest known one beyond them."""
     return STRENGTHS[min(max(bits, min(STRENGTHS)), max(STRENGTHS))]
+
+
+def faster_masks(factor: float = MASK_RATE) -> optax.GradientTransformation:
+    """Multiplies the updates of DropBits' mask logits."""
+
+    def update(updates, state, params=None):
+        del params
+
+        def scale(path, leaf):
+            return leaf * factor if "mask_logits" in jax.tree_util.keystr(path) else leaf
+
+        return jax.tree_util.tree_map_with_path(scale, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 METHODS = {

@@ -1,4 +1,4 @@
-"""Recipes: short files in `experiments/` that yield rows, and the records they leave."""
+"""Recipes: short files in `experiments/`, a folder per paper, and the records they leave."""
 
 import dataclasses
 import importlib.metadata
@@ -51,14 +51,27 @@ def find(name: str, folder: Path = FOLDER) -> Path:
     path = Path(name)
     if path.suffix == ".py" and path.is_file():
         return path
-    known = {file.stem: file for file in sorted(folder.glob("*.py"))}
+    known = known_recipes(folder)
     if name not in known:
         raise nearest_name_error("experiment", name, known)
     return known[name]
 
 
+def known_recipes(folder: Path = FOLDER) -> dict[str, Path]:
+    """Returns {name: file}: `psg/table_a1.py` is `psg_table_a1`; no TITLE, no recipe."""
+    files = [file for file in folder.glob("*/*.py") if "\nTITLE = " in file.read_text()]
+    return {f"{file.parent.name}_{file.stem}": file for file in sorted(files)}
+
+
+def name_of(path: Path, folder: Path = FOLDER) -> str:
+    """Returns the name of a recipe's file; that of a file elsewhere is its stem."""
+    return next((name for name, file in known_recipes(folder).items() if file == path), path.stem)
+
+
 def load(path: Path) -> ModuleType:
     """Imports a recipe; raises ValueError if it has no TITLE or no `run`."""
+    if str(FOLDER.parent) not in sys.path:  # recipes share code as `experiments.psg.protocol`
+        sys.path.append(str(FOLDER.parent))
     spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -80,12 +93,13 @@ def run(name: str, context: Context, out: Path | None = None) -> Path:
     recipe = load(source)
     folder = out or FOLDER / "results"
     check_writable(folder)
-    target = folder / f"{source.stem}{_suffix(context)}.json"
+    name = name_of(source)
+    target = folder / f"{name}{_suffix(context)}.json"
     began = time.monotonic()
     record = {
-        "experiment": source.stem,
+        "experiment": name,
         "title": recipe.TITLE,
-        "command": _command(source.stem, context),
+        "command": _command(name, context),
         "scale": context.scale,
         "device": jax.devices()[0].device_kind,
         "versions": versions(),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from quantjax.core import checks, draws, order, paths
+from quantjax.core import checks, order_statistics, paths, random_numbers
 from quantjax.core.quantizer import Quantizer, QuantState, leafwise
 
 
@@ -148,11 +148,11 @@ def surgery(
         due = (count <= end) & (count % every == 0)
         if key is not None:
             chance = (1 + decay * count) ** -power
-            due &= draws.uniform(key, ()) < chance
+            due &= random_numbers.uniform(key, ()) < chance
 
         def move(leaf, mask):
-            keys = order.magnitude_keys(leaf)
-            threshold = order.magnitude_of(_threshold([keys], buffers["density"]))
+            keys = order_statistics.magnitude_keys(leaf)
+            threshold = order_statistics.magnitude_of(_threshold([keys], buffers["density"]))
             size = jnp.abs(leaf.astype(threshold.dtype))
             return (size >= high * threshold) | (mask & (size >= low * threshold))
 
@@ -269,7 +269,9 @@ def _encode(leaf, learned, buffers):
 def _largest(leaves: Mapping, density) -> dict:
     """Returns the masks of the largest weights of some leaves, ranked together."""
     wide = jnp.result_type(jnp.float32, *leaves.values())
-    keys = {path: order.magnitude_keys(leaf.astype(wide)) for path, leaf in leaves.items()}
+    keys = {
+        path: order_statistics.magnitude_keys(leaf.astype(wide)) for path, leaf in leaves.items()
+    }
     threshold = _threshold(list(keys.values()), density)
     return {path: mine >= threshold for path, mine in keys.items()}
 
@@ -278,7 +280,7 @@ def _threshold(keys: list, density):
     """Returns the key of the smallest weight that is kept."""
     size = sum(mine.size for mine in keys)
     kept = jnp.round(density * size).astype(jnp.int32)
-    return order.kth_largest(
+    return order_statistics.kth_largest(
         lambda t: sum(jnp.sum(mine >= t) for mine in keys),
         jnp.clip(kept, 1, size),
         keys[0].dtype,
@@ -289,7 +291,7 @@ def _threshold(keys: list, density):
 def _best_of_each(leaf, n: int, m: int, axis: int):
     length = leaf.shape[axis]
     at = leaf.ndim + axis
-    keys = order.magnitude_keys(leaf)
+    keys = order_statistics.magnitude_keys(leaf)
     if length % m:  # filled up with keys that are below all others
         padding = [(0, 0)] * leaf.ndim
         padding[at] = (0, -length % m)
@@ -300,14 +302,14 @@ def _best_of_each(leaf, n: int, m: int, axis: int):
         return jnp.sum(chosen, axis=at + 1, keepdims=True)
 
     k = jnp.full_like(count(keys), n, jnp.int32)
-    border = order.kth_largest(lambda t: count(keys >= t), k, keys.dtype)
+    border = order_statistics.kth_largest(lambda t: count(keys >= t), k, keys.dtype)
     above, equal = keys > border, keys == border
     # Of those that equal the border the first: places as keys, the first place the largest.
     shape = [1] * keys.ndim
     shape[at + 1] = m
     place = jnp.arange(m, 0, -1, dtype=jnp.int32).reshape(shape)
     left = n - count(above).astype(jnp.int32)
-    last = order.kth_largest(
+    last = order_statistics.kth_largest(
         lambda t: count(equal & (place >= t)), left, jnp.int32, bits=m.bit_length()
     )
     mask = above | (equal & (place >= last))

@@ -9,9 +9,10 @@ import optax
 import pytest
 
 import quantjax as qj
-from quantjax.lab import compare, data, engine, methods, models
+from quantjax.lab import compare, data, methods, models
 from quantjax.lab.compare import Settings
-from tests.lab import toy_task
+from quantjax.lab.train import engine
+from tests.lab.train import toy_task
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from quantjax.lab import engine, methods
+from quantjax.lab import methods
 from quantjax.lab.deploy import deploy
-from tests.lab import toy_task
+from quantjax.lab.train import engine
+from tests.lab.train import toy_task
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -137,10 +137,16 @@ def test_steps_and_widths():
 
 
 def test_find_by_name_and_by_path(toy, tmp_path):
-    assert recipes.find("toy", tmp_path) == toy
+    table = tmp_path / "paper" / "toy.py"
+    table.parent.mkdir()
+    table.write_text(toy.read_text())
+    (table.parent / "protocol.py").write_text("SHARED = 1\n")  # no TITLE: no recipe
+    assert recipes.known_recipes(tmp_path) == {"paper_toy": table}
+    assert recipes.find("paper_toy", tmp_path) == table
+    assert recipes.name_of(table, tmp_path) == "paper_toy"
     assert recipes.find(str(toy)) == toy
-    with pytest.raises(ValueError, match="unknown experiment 'toi'; did you mean 'toy'"):
-        recipes.find("toi", tmp_path)
+    with pytest.raises(ValueError, match="'paper_toi'; did you mean 'paper_toy'"):
+        recipes.find("paper_toi", tmp_path)
     with pytest.raises(ValueError, match=r"unknown experiment 'absent\.py'"):
         recipes.find("absent.py", tmp_path)
     with pytest.raises(ValueError, match=r"unknown experiment 'psg_minst'; did you mean 'psg_m"):
@@ -157,7 +163,7 @@ def test_load_rejects_what_is_no_recipe(tmp_path, text, lacks):
         recipes.load(path)
 
 
-@pytest.mark.parametrize("path", sorted(recipes.FOLDER.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", recipes.known_recipes().values(), ids=recipes.name_of)
 def test_every_experiment_is_a_recipe(path):
     recipe = recipes.load(path)
     assert recipe.__doc__

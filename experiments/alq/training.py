@@ -1,0 +1,167 @@
+"""Training of multi-bit networks by ALQ: structures of the layers, phases, what comes out."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+import quantjax as qj
+from quantjax.core import paths, qarray
+from quantjax.core.quantizer import Quantizer
+from quantjax.lab import data
+from quantjax.lab.train import engine
+from quantjax.methods.alq.transformation import find_alq
+
+CONV_AXES = {"channelwise": (-4, -3, -2), "kernelwise": (-4, -3), "pixelwise": -2}
+
+
+class Point(NamedTuple):
+    """Where the training stood."""
+
+    kind: str  # of the phase
+    step: int
+    loss: float  # mean training loss since the last point
+    bits: float  # average bit-width
+    score: float  # accuracy on the validation split, percent
+
+
+class Outcome(NamedTuple):
+    """What ALQ gave: the network of the best epoch after the last pruning."""
+
+    variables: dict  # params at their exact multi-bit values
+    encoded: dict  # params with MultiBit leaves
+    history: tuple[Point, ...]
+
+    @property
+    def bits(self) -> float:
+        """Average bit-width of the multi-bit weights."""
+        return qj.average_bits(self.encoded)
+
+    @property
+    def kilobytes(self) -> float:
+        """Storage of the weights as section 5.4.1 counts, in units of 1000 bytes."""
+        return qj.storage_bits(self.encoded) / 8e3
+
+
+def structured(
+    params,
+    bits: int,
+    *,
+    conv: str = "pixelwise",
+    first: str | None = None,
+    blocks: Sequence[int] = (2, 1),
+) -> Quantizer:
+    """Returns `multi_bit` by the paper's structures (appendix C) for a network's kernels.
+
+    Args:
+      params: of the network; layers in the order of their paths.
+      bits: 1..8.
+      conv: channelwise, kernelwise or pixelwise: of the convolutions.
+      first: of the first convolution; None: as the others.
+      blocks: subchannels of the dense layers, the last one's last; 1, which is channelwise, where
+        they do not divide the inputs.
+    """
+    kernels = {p: x for p, x in paths.flatten(params)[0].items() if p.endswith("kernel")}
+    dense = [path for path, leaf in kernels.items() if leaf.ndim == 2]
+    convs = [path for path in kernels if path not in dense]
+    parts = {}
+    for path in convs:
+        structure = first if first is not None and path == convs[0] else conv
+        parts[re.escape(path)] = qj.multi_bit(bits, _axes(kernels[path].shape, structure))
+    missing = max(0, len(dense) - len(blocks))
+    counts = [*blocks[:1]] * missing + [*blocks][max(0, len(blocks) - len(dense)) :]
+    for path, count in zip(dense, counts, strict=True):
+        count = count if kernels[path].shape[0] % count == 0 else 1
+        parts[re.escape(path)] = qj.multi_bit(bits, -2, blocks=count)
+    return qj.partition(parts)
+
+
+def optimizer(params, quantizer: Quantizer, schedule: Sequence, rest_rate=1e-4, **kwargs):
+    """Returns ALQ for what the quantizer owns, joined with Adam for the rest."""
+    owned = jax.tree.leaves(qj.owned(jax.eval_shape(quantizer.init, params), params))
+    labels = jax.tree.unflatten(
+        jax.tree.structure(params), ["alq" if mine else "rest" for mine in owned]
+    )
+    parts = {"alq": qj.alq(quantizer, schedule, **kwargs), "rest": optax.adam(rest_rate)}
+    return optax.partition(parts, labels)
+
+
+def train(
+    task: engine.Task,
+    validation: data.Split,
+    variables: Mapping,
+    quantizer: Quantizer,
+    schedule: Sequence[qj.Phase],
+    *,
+    batch_size: int,
+    seed: int,
+    every: int | None = None,
+    **kwargs,
+) -> Outcome:
+    """Trains by a schedule of phases and returns the best network after the last pruning.
+
+    Args:
+      task, variables, batch_size, seed, every: as in `engine.train`.
+      validation: chooses the network, among those at the reports.
+      quantizer, schedule: as `alq` takes them.
+      kwargs: for `alq`.
+    """
+    params = variables["params"]
+    method = engine.Method(optimizer(params, quantizer, schedule, **kwargs))
+    state = engine.init_state(task, variables, method, seed)
+    # Gradients are to be taken at the sketch.
+    state = state._replace(params=engine.copied(qj.alq_params(state.opt_state, state.params)))
+    evaluate = engine.make_evaluate(task)
+    ends = np.cumsum([phase.steps for phase in schedule])
+    pruned = max([end for end, p in zip(ends, schedule, strict=True) if p.kind == "prune"] or [0])
+    history, best, kept = [], -1.0, None
+    total = int(ends[-1])
+    reports = engine.train(
+        task,
+        engine.make_steps(task, method),
+        state,
+        total,
+        batch_size=batch_size,
+        seed=seed,
+        every=every,
+        label="alq",
+    )
+    for report in reports:
+        state = report.state
+        exact = {**state.variables, "params": qj.alq_params(state.opt_state, state.params)}
+        score = evaluate(exact, validation).accuracy
+        kind = schedule[min(np.searchsorted(ends, report.steps), len(schedule) - 1)].kind
+        bits = _average_bits(state.opt_state)
+        history.append(Point(kind, report.steps, report.loss, round(bits, 4), score))
+        if report.steps >= min(pruned + 1, total) and score > best:
+            best, kept = score, engine.copied((exact, qj.alq_state(state.opt_state)))
+    exact, quant = kept
+    return Outcome(exact, quantizer.encode(exact["params"], quant), tuple(history))
+
+
+def by_layer(encoded) -> dict:
+    """Returns {path: average bit-width} of the MultiBit leaves (figure 2)."""
+    leaves = jax.tree_util.tree_flatten_with_path(encoded, is_leaf=qarray.is_encoded)[0]
+    named = {paths.path_name(key_path): leaf for key_path, leaf in leaves}
+    return {p: round(x.bits, 3) for p, x in named.items() if isinstance(x, qj.MultiBit)}
+
+
+def _axes(shape, structure):
+    if structure not in CONV_AXES:
+        raise ValueError(f"structure must be one of {sorted(CONV_AXES)}, got {structure!r}")
+    axes = CONV_AXES[structure]
+    within = np.prod([shape[axis] for axis in np.atleast_1d(axes)])
+    return axes if within > 1 else CONV_AXES["channelwise"]  # 1x1 kernels, single channels
+
+
+def _average_bits(opt_state) -> float:
+    state = find_alq(opt_state)
+    kept, weights = 0, 0
+    for path, codes in state.codes.items():
+        mask = state.quant.buffers[path]["mask"]
+        kept += int(np.count_nonzero(mask)) * (codes.size // max(1, mask[..., 0].size))
+        weights += codes.size
+    return kept / weights

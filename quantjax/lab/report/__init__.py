@@ -1,0 +1,1 @@
+"""What a comparison and the recorded results leave to be looked at."""

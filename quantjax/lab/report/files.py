@@ -1,0 +1,93 @@
+"""What `quantjax compare` leaves behind: a page, its pictures, and the numbers as JSON and CSV."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+
+from quantjax.lab.report import page, plots
+from quantjax.lab.report.rows import NUMBERS, Result, plain
+
+
+def write(
+    folder: Path, settings: Mapping, results: Sequence[Result], *, complete: bool = True
+) -> Path:
+    """Writes the report of the finished rows into `folder` and returns the path of its page.
+
+    The files are report.html (one self-contained file), results.json, results.csv, pareto.png and
+    histograms.png. Each is written beside its place and renamed when whole, so that a reader never
+    meets half a file. Six rows take about a second: call it after every row.
+
+    Args:
+      folder: made when absent.
+      settings: what was run. dataset, model, epochs, seed, device and versions (text or a
+        mapping) make the first paragraph, command the last one, any others a list; all of it
+        goes into the JSON.
+      results: the finished rows in the order of the table; 32 bits and more are full precision.
+      complete: False adds a note that only finished rows are shown.
+
+    Raises:
+      ValueError: no results.
+    """
+    if not results:
+        raise ValueError("a report needs at least one finished row, got none")
+    results = [_on_host(result) for result in results]
+    pictures = [(result, plots.picture(result)) for result in results]
+    pictures = [(result, picture) for result, picture in pictures if picture is not None]
+    figures = {
+        "pareto": plots.pareto(results),
+        "histograms": plots.histograms(pictures) if pictures else None,
+        "curves": plots.curves(results),
+    }
+    images = {key: plots.png(figure) for key, figure in figures.items() if figure is not None}
+    files = {f"{key}.png": images[key] for key in ("pareto", "histograms") if key in images}
+    files["results.json"] = _json(settings, results, complete).encode()
+    files["results.csv"] = _csv(results).encode()
+    files["report.html"] = page.html(settings, results, images, complete).encode()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        _replace(folder / name, content)
+    return folder / "report.html"
+
+
+def _on_host(result):
+    numbers = {name: float(getattr(result, name)) for name in NUMBERS[2:]}
+    numbers["nbytes"] = int(result.nbytes)
+    curve = tuple((int(step), float(loss), float(right)) for step, loss, right in result.curve)
+    # Encoded leaves of NumPy arrays decode without a compilation for every shape.
+    params, encoded = jax.device_get((result.params, result.encoded))
+    return result._replace(**numbers, curve=curve, params=params, encoded=encoded)
+
+
+def _json(settings, results, complete):
+    rows = []
+    for result in results:
+        row = {name: getattr(result, name) for name in (*NUMBERS, "curve")}
+        rows.append(json.dumps(plain(row), allow_nan=False))
+    # One line for each row, which keeps curves readable.
+    head = json.dumps({"settings": plain(settings), "complete": complete}, allow_nan=False)
+    return head[:-1] + ', "results": [\n' + ",\n".join(rows) + "\n]}\n"
+
+
+def _csv(results):
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(NUMBERS)
+    for result in results:
+        values = plain(result[: len(NUMBERS)])
+        writer.writerow("" if value is None else value for value in values)
+    return out.getvalue()
+
+
+def _replace(path, content):
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Training: the engine, phases, and what is shown meanwhile."""

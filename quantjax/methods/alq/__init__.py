@@ -1,0 +1,1 @@
+"""Adaptive loss-aware quantization: sums of binary bases, trained on the loss."""

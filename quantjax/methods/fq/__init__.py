@@ -1,0 +1,1 @@
+"""Focused quantization: powers of two around the modes of a pruned distribution."""

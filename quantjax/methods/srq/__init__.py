@@ -1,0 +1,1 @@
+"""Semi-relaxed quantization, its parent RQ, and DropBits."""

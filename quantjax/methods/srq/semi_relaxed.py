@@ -1,0 +1,383 @@
+"""Semi-relaxed quantization (SRQ) with DropBits: the mode of the categories.
+
+The forward pass rounds to the category of largest probability; the backward pass differentiates
+the probabilities of `categories`, in closed form and without ever forming them. DropBits multiplies
+the probabilities by hard concrete masks, one for each bit level of the grid.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from quantjax.core import checks, qarray, rounding
+from quantjax.core.quantizer import InputQuantizer, Quantizer, QuantState, leafwise
+from quantjax.methods import hard_concrete
+from quantjax.methods.srq import bit_masks, categories, group_sums, learned_grid
+from quantjax.methods.srq.bit_masks import bit_levels, bit_penalty
+
+__all__ = [
+    "bit_levels",
+    "bit_penalty",
+    "quantize",
+    "srq",
+    "srq_input",
+    "width_name",
+    "widths",
+    "with_widths",
+]
+
+ESTIMATORS = ("mode", "expectation")
+MASK_PROBABILITY, MASK_DEVIATION = 0.9, 0.01  # appendix F
+
+
+def quantize(x, alpha, sigma, *, bits, signed=True, masks=None, estimator="mode"):
+    """Returns x on the grid of interval alpha: the mode of its categories (eq. 3, algorithm 1).
+
+    Args:
+      x: floats of any shape.
+      alpha: grid interval > 0, broadcasts to x.
+      sigma: scale of the logistic noise > 0, broadcasts to x; it only shapes gradients, and with
+        masks the choice among categories.
+      bits: 1..8; the codes are -2**(bits-1) .. 2**(bits-1)-1, or 0 .. 2**bits-1 if not signed.
+      masks: signed grids only, [*group, count], group broadcasting to x. Either bits - 1
+        masks Z_1 .. Z_{bits-1} of the bit levels, or 2**(bits-1) - 1 masks of pairs of end points,
+        from the outside in (figure 3).
+      estimator: "mode", eq. 3 as written, or "expectation": the gradient of sum_i r_i g_i. There
+        sigma below alpha / 100 counts as alpha / 100, and gives log sigma the gradient of that.
+
+    The cotangent of a mask that is exactly 0 is 0.
+
+    Raises:
+      ValueError: bits, estimator or the number of masks; alpha or sigma not positive; shapes
+        larger than that of x.
+    """
+    checks.bits(bits, most=8)
+    check_estimator(estimator)
+    checks.number("alpha", alpha, "positive", lambda a: a > 0)
+    checks.number("sigma", sigma, "positive", lambda s: s > 0)
+    x = jnp.asarray(x)
+    dtype = rounding.work_dtype(x.dtype)
+    x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
+    alpha, sigma = jnp.asarray(alpha, dtype), jnp.asarray(sigma, dtype)
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    masks = masks if masks is None else jnp.asarray(masks, dtype)
+    shapes = alpha.shape, sigma.shape, () if masks is None else masks.shape[:-1]
+    if np.broadcast_shapes(x.shape, *shapes) != x.shape:
+        raise ValueError(f"alpha, sigma and groups of masks {shapes} are larger than x {x.shape}")
+    if masks is None:
+        ends = jnp.asarray(low, dtype), jnp.asarray(high, dtype)
+        return on_grid(x, alpha, sigma, *ends, estimator, 2**bits)
+    if not signed:
+        raise ValueError("masks need a signed grid: an unsigned one has no symmetric levels")
+    return on_masked_grid(x, alpha, sigma, masks, bits, estimator)
+
+
+def srq(
+    bits: int,
+    *,
+    dropbits: bool = False,
+    learn_bits: bool = False,
+    freeze_after: int | None = None,
+    penalty: float = 1e-3,
+    estimator: str = "mode",
+    axes=None,
+    biases: bool = False,
+    temperature: float = 0.2,
+    gamma: float = -0.1,
+    zeta: float = 1.1,
+) -> Quantizer:
+    """Semi-relaxed quantization of weights, with DropBits and learned bit-widths on request.
+
+    Args:
+      bits: 1..8; 2..8 with DropBits.
+      dropbits: multiplies the bit levels of a leaf by hard concrete masks when given a key.
+      learn_bits: adds `bit_penalty`, and lets `update` write the width: mask probabilities below
+        0.5 are dropped from the highest level down. Implies dropbits.
+      freeze_after: number of updates after which the width is kept and the penalty ends.
+      penalty: lambda of section 3.5, >= 0.
+      estimator: "mode" or "expectation", see `quantize`.
+      axes: the axes that share alpha and sigma, counted from the end, None (the whole leaf), or a
+        function (path, leaf) -> axes. Masks are always one set per leaf; biases have one step.
+      biases: also takes the bias beside every kernel.
+      temperature, gamma, zeta: of the hard concrete masks.
+
+    Learned, all by their logarithm or logit: log_alpha from the range of the weights, the smallest
+    grid that holds them or 3 standard deviations, whichever is less; log_sigma, alpha / 3; and
+    mask_logits, probabilities ~ N(0.9, 0.01**2) (0.9 without a key). Without a key a leaf is
+    rounded to the codes low .. high of its width, as algorithm 1 deploys it.
+
+    Raises:
+      ValueError: an argument out of its range; a state whose width is out of range.
+    """
+    checks.bits(bits, most=8)
+    check_estimator(estimator)
+    dropbits = dropbits or learn_bits
+    if dropbits and bits < 2:
+        raise ValueError("DropBits needs at least 2 bits: a 1-bit grid has no bit levels")
+    if freeze_after is not None and not (learn_bits and freeze_after >= 0):
+        raise ValueError(f"freeze_after={freeze_after!r} needs learn_bits=True, and must be >= 0")
+    if not (math.isfinite(penalty) and penalty >= 0):
+        raise ValueError(f"penalty must be finite and >= 0, got {penalty!r}")
+    shape = {"temperature": temperature, "gamma": gamma, "zeta": zeta}
+    hard_concrete.check(prob=0.5, **shape)
+    axes = checks.axes(axes)
+
+    def init(path, leaf, key):
+        x = leaf.astype(rounding.work_dtype(leaf.dtype))
+        log_alpha = learned_grid.log_interval(
+            x, checks.group_axes(axes, path, leaf), max(1, 2 ** (bits - 1) - 1)
+        )
+        learned = learned_grid.spread(log_alpha)
+        buffers = learned_grid.limits(bits, x.dtype)
+        if dropbits:
+            noise = 0 if key is None else jax.random.normal(key, (bits - 1,), x.dtype)
+            learned["mask_logits"] = hard_concrete.logit(
+                jnp.full((bits - 1,), MASK_PROBABILITY, x.dtype) + noise * MASK_DEVIATION
+            )
+        if learn_bits:
+            never = np.iinfo(np.int32).max
+            buffers["width"] = jnp.asarray(bits, jnp.int32)
+            buffers["count"] = jnp.zeros((), jnp.int32)
+            buffers["freeze_after"] = jnp.asarray(
+                never if freeze_after is None else freeze_after, jnp.int32
+            )
+        return learned, buffers
+
+    def apply(leaf, learned, buffers, key):
+        alpha, sigma = learned_grid.positive(learned)
+        checks.fitting(alpha, leaf)
+        if not dropbits or key is None:
+            _check_width(buffers, bits)
+            return on_grid(leaf, alpha, sigma, buffers["low"], buffers["high"], estimator)
+        return on_masked_grid(leaf, alpha, sigma, masks_of(learned, buffers, key), bits, estimator)
+
+    def masks_of(learned, buffers, key):
+        masks = hard_concrete.sample(key, _probabilities(learned), **shape)
+        if learn_bits:
+            levels = 1 + jnp.arange(masks.size)
+            kept = ~_frozen(buffers) | (levels < buffers["width"])
+            masks = jnp.where(kept, masks, 0)
+        return masks
+
+    def encode(leaf, learned, buffers):
+        _check_width(buffers, bits)
+        alpha, _ = learned_grid.positive(learned)
+        codes = rounding.to_codes(leaf.astype(alpha.dtype), alpha, buffers["low"], buffers["high"])
+        width = int(buffers["high"]).bit_length() + 1
+        return qarray.Grid(
+            codes.astype(qarray.code_dtype(width)), alpha, bits=width, dtype=leaf.dtype
+        )
+
+    def update(leaf, learned, buffers, key):
+        del leaf, key
+        if not learn_bits:
+            return buffers
+        kept = _probabilities(learned) >= 0.5
+        width = 1 + jnp.max(jnp.where(kept, 1 + jnp.arange(kept.size), 0))
+        width = jnp.where(_frozen(buffers), buffers["width"], width).astype(jnp.int32)
+        low, high = _limits(width, buffers["low"].dtype)
+        count = jnp.minimum(buffers["count"], buffers["freeze_after"] - 1) + 1
+        return {**buffers, "width": width, "low": low, "high": high, "count": count}
+
+    def price(learned, buffers, key):
+        if key is None:
+            masks = (1 + jnp.arange(bits - 1) < buffers["width"]).astype(buffers["low"].dtype)
+        else:
+            masks = masks_of(learned, buffers, key)
+        cost = penalty * bit_penalty(masks, _probabilities(learned), **shape)
+        return jnp.where(_frozen(buffers), 0, cost)
+
+    return leafwise(init, apply, encode, update, price if learn_bits else None, biases=biases)
+
+
+def srq_input(bits: int, *, signed: bool | None = None, estimator: str = "mode") -> InputQuantizer:
+    """Semi-relaxed quantization of layer inputs, with a learned interval and spread per layer.
+
+    Args:
+      bits: 1..8.
+      signed: codes -2**(bits-1) .. 2**(bits-1)-1 rather than 0 .. 2**bits-1; None: signed where
+        the first batch has negative values.
+      estimator: "mode" or "expectation", see `quantize`.
+
+    Learned are log_alpha and log_sigma, set by the first batch as `srq` sets them by the weights.
+    The least input seen is kept: `summary` names layers whose signed grid meets no negative one.
+
+    Raises:
+      ValueError: bits or estimator.
+    """
+    checks.bits(bits, most=8)
+    check_estimator(estimator)
+
+    def init(x):
+        learned, limits = learned_grid.fit_inputs(x, bits, signed)
+        return QuantState(learned, {**limits, "least": least(x)})
+
+    def least(x):
+        return jnp.min(x, initial=jnp.inf).astype(rounding.work_dtype(x.dtype))
+
+    def apply(x, state, *, key=None, update=False):
+        del key
+        alpha, sigma = learned_grid.positive(state.learned)
+        low, high = state.buffers["low"], state.buffers["high"]
+        x_hat = on_grid(x, alpha, sigma, low, high, estimator)
+        if update:
+            seen = jnp.minimum(state.buffers["least"], least(lax.stop_gradient(x)))
+            state = state._replace(buffers={**state.buffers, "least": seen})
+        return x_hat, state
+
+    return InputQuantizer(init, apply)
+
+
+def widths(state: QuantState) -> dict[str, int]:
+    """Returns the bit-width of every leaf by path; 1 is ternary, see `width_name`."""
+    return {
+        path: int(buffers.get("width", int(buffers["high"]).bit_length() + 1))
+        for path, buffers in state.buffers.items()
+    }
+
+
+def with_widths(state: QuantState, bits: int, widths: Mapping[str, int]) -> QuantState:
+    """Returns the first state of `srq(bits, learn_bits=True)` at other widths; 1 is ternary.
+
+    Grids become coarser, so that they reach as far. With `freeze_after=0` the widths stay: the
+    twin of a network whose widths were learned.
+
+    Raises:
+      ValueError: a width outside 1..bits; a path without a width, or without a learned one.
+    """
+    if sorted(widths) != sorted(path for path in state.buffers if "width" in state.buffers[path]):
+        raise ValueError(f"widths of {sorted(widths)} for a state of {sorted(state.buffers)}")
+    learned, buffers = {}, {}
+    for path, width in widths.items():
+        checks.number(f"{path}: width", width, f"in 1..{bits}", lambda w: (w >= 1) & (w <= bits))
+        mine = state.buffers[path]
+        low, high = _limits(jnp.asarray(width), mine["low"].dtype)
+        finer = jnp.log(mine["high"] / high)
+        grid = {name: state.learned[path][name] + finer for name in ("log_alpha", "log_sigma")}
+        learned[path] = {**state.learned[path], **grid}
+        width = jnp.asarray(width, mine["width"].dtype)
+        buffers[path] = {**mine, "width": width, "low": low, "high": high}
+    return QuantState(learned, buffers)
+
+
+def width_name(width: int) -> str:
+    """Returns a width as the paper's tables have it: T for ternary."""
+    return "T" if width == 1 else str(width)
+
+
+def on_grid(x, alpha, sigma, low, high, estimator, count=None):
+    """As `quantize` without masks, on the codes low .. high; count: their number, where known."""
+    return _quantize(x, alpha, sigma, None, (low, high), count, estimator)
+
+
+def on_masked_grid(x, alpha, sigma, masks, bits, estimator):
+    """As `quantize` with masks."""
+    cells = bit_masks.cells(bits, masks.shape[-1] if masks.ndim else 0)
+    return _quantize(x, alpha, sigma, masks, None, cells, estimator)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _quantize(x, alpha, sigma, masks, limits, layout, estimator):
+    """layout: the `Cells` of the masks, or without masks the number of codes, None if traced."""
+    del estimator
+    if masks is None:
+        codes = rounding.to_codes(x.astype(alpha.dtype), alpha, *limits)
+        return (codes * alpha).astype(x.dtype)
+    t = x.astype(alpha.dtype) * (1 / alpha)
+    codes = categories.masked_mode(t, alpha / sigma, layout, _lead(masks))
+    return (codes * alpha).astype(x.dtype)
+
+
+def _forward(x, alpha, sigma, masks, limits, layout, estimator):
+    x_hat = _quantize(x, alpha, sigma, masks, limits, layout, estimator)
+    return x_hat, (x, alpha, sigma, masks, limits)
+
+
+def _backward(layout, estimator, saved, cotangent):
+    x, alpha, sigma, masks, limits = saved
+    groups, shapes = jnp.broadcast_shapes(alpha.shape, sigma.shape), (alpha.shape, sigma.shape)
+    one_group, alpha, sigma = _groups(alpha, sigma, masks)
+    s = alpha / sigma
+
+    def estimate(t):
+        """An estimate, and how the cotangent of x_hat / alpha reaches the masks."""
+        if masks is not None and estimator == "mode":
+            return categories.masked_mode_estimate(t, s, layout, _lead(masks))
+        if masks is not None:
+            return categories.masked_expectation(t, s, layout, _lead(masks))
+        low, high = limits
+        if estimator == "mode":
+            found = categories.mode(t, s, jnp.clip(jnp.round(t), low, high), low, high)
+        else:
+            count = (high - low + 1).astype(jnp.int32) if layout is None else layout
+            found = categories.expectation(t, s, low, count)
+        return found, lambda _: []
+
+    def pull(x, cotangent):
+        dtype = x.dtype
+        x, cotangent = x.astype(alpha.dtype), cotangent.astype(alpha.dtype)
+        t = x * (1 / alpha)
+        found, to_masks = estimate(t)
+        by_s = cotangent * found.sds
+        by_alpha = cotangent * (found.value - t * found.dt) + by_s
+        return (
+            (cotangent * found.dt).astype(dtype),
+            by_alpha,
+            by_s,
+            *to_masks(cotangent * alpha),
+        )
+
+    dx, by_alpha, by_s, *by_masks = group_sums.map_and_sum(pull, one_group, x, cotangent)
+    of_masks = None
+    if masks is not None:
+        by_masks = jnp.stack([group_sums.sum_to(part, masks.shape[:-1]) for part in by_masks], -1)
+        of_masks = jnp.where(masks == 0, 0, by_masks)
+    by_alpha, by_s = (group_sums.sum_to(part, groups) for part in (by_alpha, by_s))
+    by_sigma = group_sums.sum_to(-s * by_s, shapes[1])
+    return dx, group_sums.sum_to(by_alpha, shapes[0]), by_sigma, of_masks, None
+
+
+_quantize.defvjp(_forward, _backward)
+
+
+def _groups(alpha, sigma, masks):
+    """Whether all of x has one grid, and then scalars: a part of x has another rank than x."""
+    one = alpha.size == sigma.size == 1 and (masks is None or masks.ndim == 1)
+    return (one, alpha.reshape(()), sigma.reshape(())) if one else (one, alpha, sigma)
+
+
+def _lead(masks):
+    """[*group, count] -> [1 + count, *group], the first for the codes that are never masked."""
+    masks = jnp.moveaxis(masks, -1, 0)
+    return jnp.concatenate([jnp.ones_like(masks, shape=(1, *masks.shape[1:])), masks])
+
+
+def check_estimator(estimator):
+    """Raises ValueError for an estimator that is not known."""
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator must be one of {ESTIMATORS}, got {estimator!r}")
+
+
+def _probabilities(learned):
+    edge = jnp.finfo(learned["mask_logits"].dtype).eps
+    return jnp.clip(jax.nn.sigmoid(learned["mask_logits"]), edge, 1 - edge)
+
+
+def _limits(width, dtype):
+    """The lowest and the highest code of a width; 1 is ternary, -1 .. 1."""
+    half = 2 ** (width - 1).astype(dtype)
+    return jnp.where(width == 1, -1, -half), jnp.where(width == 1, 1, half - 1)
+
+
+def _frozen(buffers):
+    return buffers["count"] >= buffers["freeze_after"]
+
+
+def _check_width(buffers, bits):
+    width = buffers.get("width", bits)
+    checks.number("the state's width", width, f"in 1..{bits}", lambda w: (w >= 1) & (w <= bits))

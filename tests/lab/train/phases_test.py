@@ -1,0 +1,49 @@
+import jax
+import numpy as np
+import optax
+import pytest
+
+import quantjax as qj
+from quantjax.lab.train import engine, phases
+from tests.experiments.recipes_test import Tiny, noise
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def make():
+    dataset = noise("noise")
+    return engine.Task(Tiny(dataset.classes), dataset)
+
+
+def test_a_phase_begins_with_the_weights_of_the_one_before():
+    task = make()
+    start = task.init(0)
+    parts = [
+        phases.Phase("first", engine.Method(optax.sgd(0.1)), 3),
+        phases.Phase("second", engine.Method(optax.sgd(0.0), qj.uniform(4)), 2),
+    ]
+    seen = []
+
+    def score(variables):
+        seen.append(jax.device_get(variables["params"]))
+        return float(len(seen) == 1)  # the first is the best
+
+    outcome = phases.run(task, parts, start, score, batch_size=32, seed=0, every=2)
+    assert [(point.phase, point.step) for point in outcome.history] == [
+        ("first", 2),
+        ("first", 3),
+        ("second", 5),
+    ]
+    jax.tree.map(np.testing.assert_array_equal, outcome.variables["params"], seen[1])
+    jax.tree.map(np.testing.assert_array_equal, outcome.early["params"], seen[0])
+    assert (outcome.early_score, outcome.final_score) == (1.0, 0.0)
+    assert set(outcome.state.buffers) == {"Conv_0/kernel", "Conv_1/kernel", "Dense_0/kernel"}
+    # The variables it began with are still there.
+    assert all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(start))
+
+
+def test_phases_without_steps_are_an_error():
+    task = make()
+    for wrong in ([], [phases.Phase("none", engine.Method(optax.sgd(0.1)), 0)]):
+        with pytest.raises(ValueError, match="at least one step"):
+            phases.run(task, wrong, task.init(0), lambda variables: 0.0, batch_size=32, seed=0)
