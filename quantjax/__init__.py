@@ -1,17 +1,20 @@
 """Neural networks of four bits and less, as pure functions:  import quantjax as qj."""
 
 import importlib
+import importlib.metadata
 
+from quantjax.core import rounding
+from quantjax.core.combinators import chain, named, partition
 from quantjax.core.qarray import Grid, MultiBit, Table, decode
 from quantjax.core.quantizer import (
     InputQuantizer,
     Quantizer,
     QuantState,
-    chain,
     decay_mask,
+    leafwise,
     owned,
-    partition,
 )
+from quantjax.core.stacked import stacked
 from quantjax.core.summary import summary
 from quantjax.methods.alq.multibit import average_bits, multi_bit, sketch, storage_bits
 from quantjax.methods.alq.multibit_input import multi_bit_input
@@ -42,11 +45,13 @@ __all__ = [
     "decay_mask",
     "decode",
     "focused",
+    "leafwise",
     "linen",
     "magnitude",
     "multi_bit",
     "multi_bit_input",
     "n_m",
+    "named",
     "nearest",
     "nnx",
     "owned",
@@ -55,12 +60,14 @@ __all__ = [
     "projected_amsgrad",
     "pruned",
     "psg",
+    "rounding",
     "rq",
     "rq_input",
     "scale_by_position",
     "sketch",
     "srq",
     "srq_input",
+    "stacked",
     "storage_bits",
     "summary",
     "surgery",
@@ -72,7 +79,16 @@ __all__ = [
 ]
 
 
+FLAX = ("linen", "nnx")  # only these need Flax, so they are imported at their first use
+
+
 def __getattr__(name):
-    if name in ("linen", "nnx"):  # only these need Flax
+    if name in FLAX:
         return importlib.import_module(f"quantjax.{name}")
+    if name == "__version__":
+        return importlib.metadata.version("quantjax")
     raise AttributeError(f"module 'quantjax' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *FLAX, "__version__"})

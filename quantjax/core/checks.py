@@ -1,23 +1,42 @@
-"""Arguments that several methods share: widths, axes, and scales that belong to another leaf."""
+"""Arguments and states that several methods check: widths, counts, axes, and what fits what."""
 
-from collections.abc import Callable
+import math
+import operator
+from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from quantjax.core import paths as paths_lib
 
+BY_NAME = ("tensor", "channel")
+
 
 def bits(value, least: int = 1, most: int = 16) -> int:
-    """Returns a bit-width; raises ValueError unless it is a whole number in least..most."""
-    if not (isinstance(value, int) and not isinstance(value, bool) and least <= value <= most):
-        raise ValueError(f"bits must be a whole number in {least}..{most}, got {value!r}")
-    return value
+    """Returns a bit-width as an int; raises ValueError unless it is whole and in least..most."""
+    return whole("bits", value, least, most)
+
+
+def whole(name: str, value, least: int, most: int | None = None) -> int:
+    """Returns a count as an int, NumPy's integers too.
+
+    Raises:
+      ValueError: no whole number, or outside least..most.
+    """
+    try:
+        number = None if isinstance(value, bool | np.bool_) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        span = f"in {least}..{most}" if most is not None else f"from {least} on"
+        raise ValueError(f"{name} must be a whole number {span}, got {value!r}")
+    return number
 
 
 def number(name: str, value, expected: str, holds: Callable):
-    """Raises ValueError if a concrete number (or array) is not as expected; traced ones pass."""
-    if isinstance(value, jax.core.Tracer) or callable(value):
+    """Raises ValueError if a concrete number (or array) is not as expected; others pass."""
+    if callable(value) or not is_concrete(value):
         return
     array = np.asarray(value)
     if not np.all(holds(array)):
@@ -25,25 +44,97 @@ def number(name: str, value, expected: str, holds: Callable):
         raise ValueError(f"{name} must be {expected}, got {shown}")
 
 
-def axes(value):
-    """Returns axes as a sorted tuple; None and functions (path, leaf) -> axes as they are.
+def is_concrete(value) -> bool:
+    """True for what can be looked at here: neither traced nor partly on other processes."""
+    if isinstance(value, jax.core.Tracer | jax.ShapeDtypeStruct):
+        return False
+    return not isinstance(value, jax.Array) or value.is_fully_addressable
+
+
+def width(found, expected: int, most: int | None = None):
+    """Compares the bit-width of a concrete state with the quantizer's own; traced ones pass.
+
+    Args:
+      found: of the state, an array.
+      expected: the quantizer's.
+      most: narrower ones are allowed down to 1, as learned widths are, up to this.
 
     Raises:
-      ValueError: not integers counted from the end.
+      ValueError: the state has another width.
+    """
+    if not is_concrete(found):
+        return
+    widths = sorted({int(value) for value in np.ravel(np.asarray(found))})
+    allowed = range(1, most + 1) if most is not None else (expected,)
+    wrong = [value for value in widths if value not in allowed]
+    if wrong:
+        raise ValueError(
+            f"the state has {'/'.join(map(str, wrong))} bits, the quantizer {expected}: make a new "
+            "state with `init` (inputs: `calibrate`), or use the quantizer that made this one"
+        )
+
+
+def width_of_codes(most):
+    """Returns the bits of a signed code whose largest is `most`, for `width`; traced ones as is."""
+    if not is_concrete(most):
+        return most
+    return np.vectorize(lambda code: int(code).bit_length() + 1)(np.asarray(most, np.float64))
+
+
+def axes(value):
+    """Returns a choice of axes in the form that `group_axes` takes.
+
+    Args:
+      value: None or "tensor" (the whole leaf), "channel", axes counted from the end,
+        {pattern: any of these} (the first match wins, leaves without one are one group), or a
+        function (path, leaf) -> axes.
+
+    Raises:
+      ValueError: none of these.
     """
     if value is None or isinstance(value, Callable):
         return value
-    value = (value,) if isinstance(value, int) else tuple(value)
-    if not all(isinstance(axis, int) and axis < 0 for axis in value):
-        raise ValueError(f"axes are counted from the end, such as (-4, -3, -2); got {value}")
-    return tuple(sorted(value))
+    if isinstance(value, str):
+        if value not in BY_NAME:
+            raise ValueError(f"axes by name are 'tensor' or 'channel', got {value!r}")
+        return value
+    if isinstance(value, Mapping):
+        paths_lib.check_patterns(value)
+        return {pattern: axes(mine) for pattern, mine in value.items()}
+    value = (value,) if isinstance(value, int | np.integer) else tuple(value)
+    if not all(isinstance(axis, int | np.integer) and axis < 0 for axis in value):
+        raise ValueError(
+            "axes are 'tensor', 'channel', counted from the end such as (-4, -3, -2), "
+            f"{{pattern: axes}} or a function (path, leaf) -> axes; got {value}"
+        )
+    if len(set(value)) < len(value):
+        raise ValueError(f"axes are repeated: {value}")
+    return tuple(sorted(int(axis) for axis in value))
 
 
 def group_axes(value, path: str, leaf):
-    """Returns the axes of one leaf that share a scale: None (all of them) for biases."""
+    """Returns the axes of one leaf that share a scale: all of them for biases.
+
+    "channel" keeps the last axis of a kernel, and the rows of an embedding, its last axis but one.
+
+    Raises:
+      ValueError: axes that the leaf does not have.
+    """
     if not paths_lib.is_weight(path):
         return None
-    return axes(value(path, leaf) if isinstance(value, Callable) else value)
+    if isinstance(value, Callable):
+        value = axes(value(path, leaf))
+    if isinstance(value, Mapping):
+        pattern = paths_lib.first_match(value, path)
+        return None if pattern is None else group_axes(value[pattern], path, leaf)
+    if value == "channel":
+        kept = -2 if paths_lib.role(path) == "embedding" else -1
+        return tuple(axis for axis in range(-leaf.ndim, 0) if axis != kept)
+    if value is None or value == "tensor":
+        return None
+    if value and value[0] < -leaf.ndim:
+        raise ValueError(f"axes {value} are out of range for a leaf of shape {leaf.shape}")
+    return value
 
 
 def fitting(scale, leaf):
@@ -55,3 +146,13 @@ def fitting(scale, leaf):
             f"the state was made for another tree: scales {scale.shape}, leaf {leaf.shape}"
         )
     return scale
+
+
+def finite(leaf):
+    """Raises ValueError if a concrete leaf holds NaN or infinity."""
+    if not is_concrete(leaf):
+        return
+    # Counted on the device: only a number crosses from a large or sharded leaf.
+    bad = int(jnp.count_nonzero(~jnp.isfinite(leaf)))
+    if bad:
+        raise ValueError(f"{bad} of {math.prod(leaf.shape)} values are NaN or infinite")

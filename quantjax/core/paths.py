@@ -18,13 +18,17 @@ def path_name(key_path) -> str:
     return "/".join(parts)
 
 
-def flatten(tree) -> tuple[dict, Callable]:
+def flatten(tree, is_leaf: Callable | None = None) -> tuple[dict, Callable]:
     """Returns `{path: leaf}` and the function that rebuilds the tree from such a dict.
+
+    Args:
+      tree: any pytree.
+      is_leaf: as in `jax.tree.flatten`.
 
     Raises:
       ValueError: two leaves have one path.
     """
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     paths = [path_name(key_path) for key_path, _ in pairs]
     if len(set(paths)) < len(paths):
         twice = sorted({path for path in paths if paths.count(path) > 1})
@@ -47,9 +51,14 @@ def leaf_keys(key, paths: Iterable[str]) -> dict:
     return dict(zip(paths, jax.vmap(jax.random.fold_in, (None, 0))(key, numbers), strict=True))
 
 
+def role(path: str) -> str:
+    """Returns the last part of a path, which says what the leaf is: `kernel`, `bias`, ..."""
+    return path.rsplit("/", 1)[-1]
+
+
 def is_weight(path: str) -> bool:
     """True for paths that end in `kernel` or `embedding`."""
-    return path.rsplit("/", 1)[-1] in WEIGHT_NAMES
+    return role(path) in WEIGHT_NAMES
 
 
 def matches(pattern: str, path: str) -> bool:

@@ -1,12 +1,13 @@
 """The one interface of all methods: a quantizer is five pure functions over a tree of params."""
 
+import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
+from quantjax.core import checks, meshes
 from quantjax.core import paths as paths_lib
 
 
@@ -38,12 +39,66 @@ class Quantizer(NamedTuple):
     update: Callable = keep  # update(params, state, *, key=None) -> QuantState
     penalty: Callable = no_penalty  # penalty(state, *, key=None) -> scalar
 
+    def __repr__(self):
+        return _made_by(self)
+
 
 class InputQuantizer(NamedTuple):
     """Quantizes the inputs of layers; the dicts of its state map a name to an array."""
 
     init: Callable  # init(x) -> QuantState fitted to this batch
     apply: Callable  # apply(x, state, *, key=None, update=False) -> (x_hat, state)
+
+    def __repr__(self):
+        return _made_by(self)
+
+
+HELP = {
+    (Quantizer, "init"): "Returns the QuantState of a tree of params.",
+    (Quantizer, "apply"): "Returns the params as deployed, or with a key as a training pass has "
+    "them; differentiable in params and state.learned.",
+    (Quantizer, "encode"): "Returns the params with owned leaves as Grid, Table or MultiBit.",
+    (Quantizer, "update"): "Returns the state with its buffers moved; once after every step.",
+    (Quantizer, "penalty"): "Returns a scalar to add to the loss.",
+    (InputQuantizer, "init"): "Returns the QuantState fitted to a layer's input, one array.",
+    (InputQuantizer, "apply"): "Returns the quantized input and the state, moved if `update`.",
+}
+
+
+def described(factory: Callable) -> Callable:
+    """Decorates what returns a quantizer: `repr` and `help` then tell how it was made."""
+
+    @functools.wraps(factory)
+    def make(*args, **kwargs):
+        made = factory(*args, **kwargs)
+        told = [repr(value) for value in args]
+        told += [f"{name}={value!r}" for name, value in kwargs.items()]
+        text = f"{factory.__name__}({', '.join(told)})"
+        fields = {
+            name: _named(fn, f"{text}.{name}", HELP[type(made), name])
+            for name, fn in made._asdict().items()
+            if fn not in (keep, no_penalty)
+        }
+        return made._replace(**fields)
+
+    return make
+
+
+def _named(fn, name, doc):
+    @functools.wraps(fn)
+    def named(*args, **kwargs):
+        return fn(*args, **kwargs)
+
+    named.__name__ = named.__qualname__ = name
+    named.__doc__ = doc
+    return named
+
+
+def _made_by(quantizer) -> str:
+    name, suffix = quantizer.init.__qualname__, ".init"
+    if name.endswith(suffix) and "<locals>" not in name:
+        return name.removesuffix(suffix)
+    return f"{type(quantizer).__name__}(init={name}, ...)"
 
 
 def weights(path: str, leaf) -> bool:
@@ -59,6 +114,8 @@ def leafwise(
     penalty: Callable | None = None,
     *,
     biases: bool = False,
+    owns: Callable | None = None,
+    check: Callable | None = None,
 ) -> Quantizer:
     """Makes a quantizer from functions of one leaf; everything about trees is done here.
 
@@ -69,62 +126,87 @@ def leafwise(
       update: (leaf, learned, buffers, key) -> buffers, after every optimizer step.
       penalty: (learned, buffers, key) -> scalar.
       biases: also takes the `bias` beside every owned `kernel`.
+      owns: {path: leaf} -> the paths that it takes; None: kernels and embeddings of two or more
+        dimensions.
+      check: (learned, buffers) raises ValueError for a state that is not this quantizer's, as
+        far as its numbers are concrete (`checks.width`).
 
-    The quantizer raises ValueError where it owns nothing, where an owned leaf is empty, where the
-    state was made for another tree, and where a leaf to encode is not finite.
+    On Explicit meshes init, apply, update and penalty run as on Auto ones, and their results are
+    sharded as the leaf and its state are. The quantizer raises ValueError where it owns nothing,
+    where an owned leaf is empty, not finite or of a dtype that is no float's, where the state was
+    made for another tree or by another quantizer, and where the tree has weights that the state
+    does not know.
     """
+    if owns is None:
+        owns = functools.partial(default_paths, biases=biases)
 
     def init_tree(params, key=None):
         flat, _ = paths_lib.flatten(params)
+        mine = owns(flat)
+        if not mine:
+            raise ValueError(_nothing(flat))
         learned, buffers = {}, {}
-        for path in select(flat, biases):
-            if not flat[path].size:
-                raise ValueError(f"{path}: an empty leaf, shape {flat[path].shape}")
-            try:
-                mine, buffers[path] = init(path, flat[path], paths_lib.leaf_key(key, path))
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
-            if mine:
-                learned[path] = mine
+        for path in mine:
+            leaf = flat[path]
+            with _at(path):
+                _check_leaf(leaf)
+                fn = functools.partial(init, path)
+                found, buffers[path] = meshes.shaped_as(
+                    leaf, fn, leaf, paths_lib.leaf_key(key, path)
+                )
+            if found:
+                learned[path] = found
         return QuantState(learned, buffers)
 
     def over(params, state, fn):
         flat, rebuild = paths_lib.flatten(params)
-        owned_leaves = paths_lib.restrict(flat, state.buffers)
+        leaves = paths_lib.restrict(flat, state.buffers)
+        unknown = [path for path in owns(flat) if path not in state.buffers]
+        if unknown:
+            raise ValueError(
+                f"the state does not know {unknown}, and they would stay float: make a new state "
+                "with `init`, or give such leaves to None in a partition"
+            )
         out = {}
-        for path, leaf in owned_leaves.items():
-            try:
-                out[path] = fn(path, leaf, state.learned.get(path, {}), state.buffers[path])
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
+        for path, leaf in leaves.items():
+            with _at(path):
+                mine, buffers = state.learned.get(path, {}), state.buffers[path]
+                if check is not None:
+                    check(mine, buffers)
+                out[path] = fn(path, leaf, mine, buffers)
         return out, lambda: rebuild({**flat, **out})
 
     def apply_tree(params, state, *, key=None):
         def one(path, leaf, mine, buffers):
-            return apply(leaf, mine, buffers, paths_lib.leaf_key(key, path))
+            return meshes.typed_as(leaf, apply, leaf, mine, buffers, paths_lib.leaf_key(key, path))
 
         return over(params, state, one)[1]()
 
     def encode_tree(params, state):
         def one(path, leaf, mine, buffers):
             del path
-            check_finite(leaf)
+            checks.finite(leaf)
             return encode(leaf, mine, buffers)
 
         return over(params, state, one)[1]()
 
     def update_tree(params, state, *, key=None):
         def one(path, leaf, mine, buffers):
-            return update(leaf, mine, buffers, paths_lib.leaf_key(key, path))
+            return meshes.typed_as(
+                buffers, update, leaf, mine, buffers, paths_lib.leaf_key(key, path)
+            )
 
         return state._replace(buffers=over(params, state, one)[0])
 
     def penalty_tree(state, *, key=None):
-        terms = [
-            penalty(state.learned.get(path, {}), buffers, paths_lib.leaf_key(key, path))
-            for path, buffers in state.buffers.items()
-        ]
-        return sum(terms, start=jnp.zeros(()))
+        total = jnp.zeros(())
+        for path, buffers in state.buffers.items():
+            mine = state.learned.get(path, {})
+            with _at(path):
+                total += meshes.typed_as(
+                    jnp.zeros(()), penalty, mine, buffers, paths_lib.leaf_key(key, path)
+                )
+        return total
 
     return Quantizer(
         init_tree,
@@ -135,185 +217,44 @@ def leafwise(
     )
 
 
-def select(flat: Mapping, biases: bool) -> list[str]:
-    """Returns the paths that a quantizer owns by default.
-
-    Raises:
-      ValueError: there are none.
-    """
-    owned_paths = [path for path, leaf in flat.items() if weights(path, leaf)]
-    if biases:
-        kernels = {path[: -len("kernel")] for path in owned_paths if path.endswith("kernel")}
-        owned_paths += [
-            path for path in flat if path.endswith("bias") and path[: -len("bias")] in kernels
-        ]
-    if not owned_paths:
-        raise ValueError(
-            "nothing to quantize: no leaf of two or more dimensions is named "
-            f"{' or '.join(paths_lib.WEIGHT_NAMES)} among {list(flat)}"
-        )
-    return owned_paths
-
-
-def check_finite(leaf):
-    """Raises ValueError if a concrete leaf holds NaN or infinity."""
-    if isinstance(leaf, jax.core.Tracer):
-        return
-    bad = int(np.count_nonzero(~np.isfinite(np.asarray(leaf, np.float64))))
-    if bad:
-        raise ValueError(f"{bad} of {leaf.size} values are NaN or infinite")
-
-
-def partition(quantizers: Mapping[str, Quantizer | None]) -> Quantizer:
-    """Gives each leaf to the quantizer of the first pattern that matches its path.
+def inputwise(init: Callable, apply: Callable, check: Callable | None = None) -> InputQuantizer:
+    """Makes an input quantizer from pure functions of one array.
 
     Args:
-      quantizers: {regex: Quantizer, or None for leaves that stay as they are}. A regex must match
-        from the start of the path up to a `/` or its end: `Conv_1` takes neither `Conv_10/kernel`
-        nor `Block_0/Conv_1/kernel`.
+      init: x -> QuantState.
+      apply: (x, state, key, update) -> (x_hat, state); update is True or False.
+      check: as in `leafwise`.
 
-    Raises:
-      ValueError: no patterns, or one that is no regex; at `init`, a pattern that matches nothing,
-        is wholly shadowed, or whose quantizer owns none of its leaves.
+    Meshes are met as `leafwise` does. Raises ValueError for anything but one array.
     """
-    quantizers = dict(quantizers)
-    if not quantizers:
-        raise ValueError("partition needs at least one pattern")
-    paths_lib.check_patterns(quantizers)
+    moving, still = (
+        functools.partial(lambda update, x, state, key: apply(x, state, key, update), update)
+        for update in (True, False)
+    )
 
-    def init(params, key=None):
-        flat, _ = paths_lib.flatten(params)
-        learned, buffers = {}, {}
-        for pattern, mine in paths_lib.assign(quantizers, flat).items():
-            quantizer = quantizers[pattern]
-            if quantizer is None:
-                continue
-            try:
-                state = quantizer.init({path: flat[path] for path in mine}, key)
-            except ValueError as error:
-                raise ValueError(f"pattern {pattern!r}: {error}") from error
-            learned |= state.learned
-            buffers |= state.buffers
-        return QuantState(learned, buffers)
+    def init_input(x):
+        _check_input(x)
+        return meshes.shaped_as(x, init, x)
 
-    def members(state):
-        taken = {pattern: [] for pattern in quantizers}
-        for path in owned_paths(state):
-            pattern = paths_lib.first_match(quantizers, path)
-            if quantizers.get(pattern) is None:
-                raise ValueError(
-                    f"the state was made by another quantizer: {path} is nobody's here"
-                )
-            taken[pattern].append(path)
-        for pattern, mine in taken.items():
-            if mine:
-                yield quantizers[pattern], _pick(state, mine), mine
+    def apply_input(x, state, *, key=None, update=False):
+        _check_input(x)
+        with _at(None):
+            if check is not None:
+                check(*state)
+            return meshes.typed_as((x, state), moving if update else still, x, state, key)
 
-    def over(params, state, fn):
-        flat, rebuild = paths_lib.flatten(params)
-        out = dict(flat)
-        for quantizer, part, mine in members(state):
-            out |= fn(quantizer, paths_lib.restrict(flat, mine), part)
-        return rebuild(out)
-
-    def apply(params, state, *, key=None):
-        return over(params, state, lambda q, leaves, part: q.apply(leaves, part, key=key))
-
-    def encode(params, state):
-        return over(params, state, lambda q, leaves, part: q.encode(leaves, part))
-
-    def update(params, state, *, key=None):
-        flat, _ = paths_lib.flatten(params)
-        buffers = dict(state.buffers)
-        for quantizer, part, mine in members(state):
-            leaves = paths_lib.restrict(flat, mine)
-            buffers |= quantizer.update(leaves, part, key=key).buffers
-        return state._replace(buffers=buffers)
-
-    def penalty(state, *, key=None):
-        terms = [quantizer.penalty(part, key=key) for quantizer, part, _ in members(state)]
-        return sum(terms, start=jnp.zeros(()))
-
-    return Quantizer(init, apply, encode, update, penalty)
+    return InputQuantizer(init_input, apply_input)
 
 
-def chain(*quantizers: Quantizer) -> Quantizer:
-    """Applies quantizers one after the other, e.g. pruning and then a grid.
-
-    The state stays flat: `learned[path] = {"0": {...}, "1": {...}}`; member i gets the key
-    `fold_in(key, i)`. A leaf is encoded by the last member that owns it.
-
-    Raises:
-      ValueError: no members.
-    """
-    if not quantizers:
-        raise ValueError("chain needs at least one quantizer")
-
-    names = [str(index) for index in range(len(quantizers))]
-
-    def member(state, index):
-        name = names[index]
-        for part in state:
-            for path, values in part.items():
-                if not set(values) <= set(names):
-                    raise ValueError(
-                        f"the state was made by another quantizer: {path} has {sorted(values)}, "
-                        f"not members {names}"
-                    )
-        return QuantState(
-            *({path: d[name] for path, d in part.items() if name in d} for part in state)
-        )
-
-    def after(params, index, mine):
-        """Returns what the next member sees: what is deployed, so without a key."""
-        last = index == len(quantizers) - 1
-        return params if last else quantizers[index].apply(params, mine)
-
-    def member_key(key, index):
-        return None if key is None else jax.random.fold_in(key, index)
-
-    def init(params, key=None):
-        state = QuantState({}, {})
-        for index, quantizer in enumerate(quantizers):
-            mine = quantizer.init(params, member_key(key, index))
-            for whole, part in zip(state, mine, strict=True):
-                for path, values in part.items():
-                    whole.setdefault(path, {})[str(index)] = values
-            params = after(params, index, mine)
-        return state
-
-    def apply(params, state, *, key=None):
-        for index, quantizer in enumerate(quantizers):
-            params = quantizer.apply(params, member(state, index), key=member_key(key, index))
-        return params
-
-    def encode(params, state):
-        encoded, rebuild = paths_lib.flatten(params)
-        for index, quantizer in enumerate(quantizers):
-            mine = member(state, index)
-            flat, _ = paths_lib.flatten(params)
-            leaves = paths_lib.restrict(flat, owned_paths(mine))
-            encoded |= quantizer.encode(leaves, mine)
-            params = after(params, index, mine)
-        return rebuild(encoded)
-
-    def update(params, state, *, key=None):
-        buffers = {path: dict(members) for path, members in state.buffers.items()}
-        for index, quantizer in enumerate(quantizers):
-            mine = quantizer.update(params, member(state, index), key=member_key(key, index))
-            for path, values in mine.buffers.items():
-                buffers[path][str(index)] = values
-            params = after(params, index, mine)
-        return state._replace(buffers=buffers)
-
-    def penalty(state, *, key=None):
-        terms = [
-            quantizer.penalty(member(state, index), key=member_key(key, index))
-            for index, quantizer in enumerate(quantizers)
+def default_paths(flat: Mapping, biases: bool = False) -> list[str]:
+    """Returns the paths that a quantizer owns by default: weights, and on request their biases."""
+    owned = [path for path, leaf in flat.items() if weights(path, leaf)]
+    if biases:
+        kernels = {path[: -len("kernel")] for path in owned if path.endswith("kernel")}
+        owned += [
+            path for path in flat if path.endswith("bias") and path[: -len("bias")] in kernels
         ]
-        return sum(terms, start=jnp.zeros(()))
-
-    return Quantizer(init, apply, encode, update, penalty)
+    return owned
 
 
 def owned(state: QuantState, params):
@@ -327,19 +268,38 @@ def owned(state: QuantState, params):
     return rebuild({path: path in mine for path in flat})
 
 
-def decay_mask(trainable):
+def decay_mask(trainable, names: Mapping[str, str] | None = None):
     """Returns True for kernels and embeddings, False for all else, grids included.
 
     Fits `mask=` of optax's weight decay; under `optax.inject_hyperparams` name that argument in
     `static_args`.
 
+    Args:
+      trainable: params, or (params, learned, ...).
+      names: {pattern: "kernel" or "embedding"}: further leaves of the params that are weights, as
+        in `named`.
+
     Raises:
-      ValueError: nothing in a tree that has leaves is a kernel or an embedding.
+      ValueError: nothing in a tree that has leaves is a weight.
     """
+    names = dict(names or {})
+    paths_lib.check_patterns(names)
     flat, rebuild = paths_lib.flatten(trainable)
-    mask = {path: paths_lib.is_weight(path) for path in flat}
+
+    def is_weight(path):
+        # In (params, learned, ...) paths begin with the place in the tuple.
+        inner = path.split("/", 1)[-1] if path.startswith("0/") else path
+        return paths_lib.is_weight(path) or (
+            names.get(paths_lib.first_match(names, inner)) in paths_lib.WEIGHT_NAMES
+        )
+
+    mask = {path: is_weight(path) for path in flat}
     if flat and not any(mask.values()):
-        raise ValueError(f"no kernel or embedding to decay among {list(flat)}")
+        raise ValueError(
+            f"no kernel or embedding to decay among {list(flat)}. Weights of other names: "
+            "decay_mask(trainable, names={pattern: 'kernel'}); where another optimizer of an "
+            "optax.partition owns all weights, this one needs no decay"
+        )
     return rebuild(mask)
 
 
@@ -348,5 +308,48 @@ def owned_paths(state: QuantState) -> list[str]:
     return list(dict.fromkeys([*state.buffers, *state.learned]))
 
 
-def _pick(state: QuantState, wanted) -> QuantState:
+def restricted(state: QuantState, wanted) -> QuantState:
+    """Returns the state of some paths."""
     return QuantState(*({path: part[path] for path in wanted if path in part} for part in state))
+
+
+@contextlib.contextmanager
+def _at(path: str | None):
+    """Errors inside name the path; a name that the state lacks is another quantizer's state."""
+    where = f"{path}: " if path else ""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(
+            f"{where}the state was made by another quantizer, it has no {error}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from error
+
+
+def _check_leaf(leaf):
+    if not leaf.size:
+        raise ValueError(f"an empty leaf, shape {leaf.shape}")
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise ValueError(
+            f"quantizers take floats, this leaf is {leaf.dtype}; a partition leaves it out by None"
+        )
+    checks.finite(leaf)
+
+
+def _check_input(x):
+    if isinstance(x, Mapping) or not hasattr(x, "ndim"):
+        raise ValueError(
+            f"an InputQuantizer takes one array, the input of a layer, got {type(x).__name__}; "
+            "trees of params go to a Quantizer such as uniform, srq or multi_bit"
+        )
+
+
+def _nothing(flat):
+    if list(flat) == [""]:
+        return "expected a tree of params, got a single array; layer inputs go to InputQuantizers"
+    return (
+        "nothing to quantize: no leaf of two or more dimensions is named "
+        f"{' or '.join(paths_lib.WEIGHT_NAMES)} among {list(flat)}. Leaves of other names: "
+        "named({pattern: 'kernel'}, quantizer)"
+    )

@@ -29,7 +29,8 @@ def nearest_on_grid(x, step, low, high):
 
     The gradient is straight-through: 1 for x inside [low, high] * step, 0 outside; that of `step`
     is what remains of d(code * step), as learned-step quantizers use it (code - x / step inside,
-    the bound outside). The bounds get none.
+    the bound outside). The bounds get none. The border belongs to the inside, and so does what
+    rounding errors put beside it: the largest weight of a leaf, in units of a step made from it.
     """
     return to_codes(x, step, low, high) * step
 
@@ -40,6 +41,12 @@ def _nearest_on_grid_jvp(primals, tangents):
     dx, dstep = tangents[:2]
     scaled = x * (1 / step)
     codes = _round(scaled, low, high)
-    inside = (scaled >= low) & (scaled <= high)
+    inside = within(scaled, low, high)
     tangent = jnp.where(inside, dx, 0) + jnp.where(inside, codes - scaled, codes) * dstep
     return codes * step, tangent
+
+
+def within(x, low, high):
+    """True inside of [low, high], and for the rounding errors of a quotient beside its ends."""
+    slack = 4 * jnp.finfo(x.dtype).eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
+    return (x >= low - slack) & (x <= high + slack)

@@ -9,7 +9,8 @@ import jax
 import optax
 
 from quantjax.core import checks, paths
-from quantjax.core.quantizer import Quantizer, chain, decay_mask, weights
+from quantjax.core.combinators import chain
+from quantjax.core.quantizer import Quantizer, decay_mask, weights
 from quantjax.lab.names import nearest_name_error
 from quantjax.lab.train.engine import Method
 from quantjax.methods.alq.multibit import multi_bit

@@ -5,11 +5,16 @@ step per leaf or group. The input grid is asymmetric and holds zero exactly.
 """
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from quantjax.core import checks, qarray, rounding
-from quantjax.core.quantizer import InputQuantizer, Quantizer, QuantState, leafwise
+from quantjax.core.quantizer import (
+    InputQuantizer,
+    Quantizer,
+    QuantState,
+    described,
+    leafwise,
+)
 
 
 def symmetric_step(w, bits: int, axes=None):
@@ -47,6 +52,7 @@ def nearest(x, step, *, bits: int, signed: bool = True, narrow: bool = False):
     return rounding.nearest_on_grid(x.astype(dtype), step, low, high).astype(x.dtype)
 
 
+@described
 def uniform(
     bits: int, *, axes=None, momentum: float | None = None, biases: bool = False
 ) -> Quantizer:
@@ -54,7 +60,8 @@ def uniform(
 
     Args:
       bits: 2..16.
-      axes: the axes that share one step, counted from the end; None: the whole leaf; or a
+      axes: what shares one step: None or "tensor" (the whole leaf), "channel" (the last axis of a
+        kernel, the rows of an embedding), axes counted from the end, {pattern: axes}, or a
         function (path, leaf) -> axes. Biases always have one step.
       momentum: weight of the present range in the running one, in (0, 1]; None: `update` takes
         the range of the present weights.
@@ -64,9 +71,9 @@ def uniform(
     step = max(-low, high) / limit, 1 where that is 0.
 
     Raises:
-      ValueError: bits, axes or momentum out of range.
+      ValueError: bits, axes or momentum out of range; a state of another width.
     """
-    checks.bits(bits, 2)
+    bits = checks.bits(bits, 2)
     _check_momentum(momentum)
     axes = checks.axes(axes)
 
@@ -85,10 +92,8 @@ def uniform(
     def encode(leaf, learned, buffers):
         del learned
         limit, step = buffers["limit"], checks.fitting(buffers["step"], leaf)
-        width = int(np.log2(np.max(limit) + 1)) + 1
         codes = rounding.to_codes(leaf.astype(step.dtype), step, -limit, limit)
-        codes = codes.astype(qarray.code_dtype(width))
-        return qarray.Grid(codes, step, bits=width, dtype=leaf.dtype)
+        return qarray.Grid(codes.astype(qarray.code_dtype(bits)), step, bits=bits, dtype=leaf.dtype)
 
     def update(leaf, learned, buffers, key):
         del learned, key
@@ -99,7 +104,11 @@ def uniform(
             high = momentum * high + (1 - momentum) * buffers["high"]
         return {**buffers, "low": low, "high": high, "step": _step(low, high, buffers["limit"])}
 
-    return leafwise(init, apply, encode, update, biases=biases)
+    def check(learned, buffers):
+        del learned
+        checks.width(checks.width_of_codes(buffers["limit"]), bits)
+
+    return leafwise(init, apply, encode, update, biases=biases, check=check)
 
 
 def uniform_input(bits: int, *, momentum: float = 0.1) -> InputQuantizer:
@@ -144,6 +153,7 @@ def uniform_input(bits: int, *, momentum: float = 0.1) -> InputQuantizer:
     return InputQuantizer(init, apply)
 
 
+@described
 def zero() -> Quantizer:
     """Sends every owned leaf to 0: the target of sparse training. It has no grid to encode to."""
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from quantjax.core import checks, qarray, rounding
-from quantjax.core.quantizer import Quantizer, check_finite, leafwise
+from quantjax.core.quantizer import Quantizer, leafwise
 from quantjax.methods.alq import bases as bases_lib
 from quantjax.methods.alq.bases import Bases
 
@@ -54,7 +54,7 @@ def sketch(w, bits: int, axes, *, blocks: int = 1, tol: float = TOLERANCE) -> qa
     w = jnp.asarray(w)
     if not jnp.issubdtype(w.dtype, jnp.floating) or not w.size:
         raise ValueError(f"a sketch needs floats, got {w.dtype} of shape {w.shape}")
-    check_finite(w)
+    checks.finite(w)
     found = _sketch(w.reshape(view), bits, within, tol)
     return as_multi_bit(found, w.dtype, blocks, last_axis(axes))
 
@@ -101,7 +101,6 @@ def multi_bit(
     def init(path, leaf, key):
         del key
         view, within = _view(leaf.shape, axes(path, leaf) if by_leaf else axes, blocks)
-        check_finite(leaf)
         found = _sketch(leaf.reshape(view), bits, within, tol)
         return {}, {"coords": found.coords, "mask": found.mask}
 
