@@ -1,10 +1,15 @@
 """Strict numerics for every test, and eight simulated devices for the sharding laws."""
 
+import contextlib
+import os
+
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# A second run with other versions asks what compiles and what comes out, not how fast it is.
+jax.config.update("jax_disable_most_optimizations", "QUANTJAX_QUICK" in os.environ)
 
 
 @pytest.fixture
@@ -13,9 +18,23 @@ def few_programs():
     jax.clear_caches()
 
 
+@contextlib.contextmanager
+def without_optimizations():
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """Programs of tests about wiring, not numbers: most of their time would be the compiler's."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with without_optimizations():
+        yield
+
+
+@pytest.fixture
+def quick_programs():
+    """As `quick_compilation`, for one test."""
+    with without_optimizations():
+        yield

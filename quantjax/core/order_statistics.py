@@ -32,7 +32,7 @@ def kth_largest(at_least: Callable, k, dtype, bits: int | None = None):
     bits = 8 * dtype.itemsize - 1 if bits is None else bits
 
     def settle(i, t):
-        higher = t | (jnp.ones((), dtype) << (bits - 1 - i).astype(dtype))
+        higher = t | (jnp.ones((), dtype) << jnp.asarray(bits - 1 - i, dtype))
         return jnp.where(at_least(higher) >= k, higher, t)
 
     return lax.fori_loop(0, bits, settle, jnp.zeros(jnp.shape(k), dtype))

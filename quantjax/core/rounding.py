@@ -48,5 +48,6 @@ def _nearest_on_grid_jvp(primals, tangents):
 
 def within(x, low, high):
     """True inside of [low, high], and for the rounding errors of a quotient beside its ends."""
-    slack = 4 * jnp.finfo(x.dtype).eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
+    eps = jnp.finfo(jnp.result_type(x, jnp.float32)).eps
+    slack = 4 * eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
     return (x >= low - slack) & (x <= high + slack)

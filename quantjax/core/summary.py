@@ -1,4 +1,4 @@
-"""A table of what a tree of encoded leaves holds and costs."""
+"""A table of what a tree of encoded leaves holds and costs, and of what stays as it was."""
 
 import dataclasses
 import math
@@ -20,6 +20,7 @@ class Row(NamedTuple):
     nbytes: int  # as storage writes it, scales and tables included
     squared_error: float | None  # sum over the leaf; None without float params, or as they are
     relative_error: float | None  # norm of the error over norm of the float leaf
+    groups: int | None  # that have scales or tables of their own; None for plain arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +49,15 @@ class Summary:
         table.add_column("shape", justify="right")
         table.add_column("method", f"{self.compression:.1f}x smaller")
         table.add_column("bits", justify="right")
+        table.add_column("groups", justify="right")
         table.add_column("size", size_text(self.nbytes), justify="right")
         if with_error:
             table.add_column("error", justify="right")
         for row in self.rows:
             shape = "x".join(map(str, row.shape)) or "scalar"
-            cells = [row.path, shape, row.method, f"{row.bits:.3g}", size_text(row.nbytes)]
+            groups = "" if row.groups is None else str(row.groups)
+            size = size_text(row.nbytes)
+            cells = [row.path, shape, row.method, f"{row.bits:.3g}", groups, size]
             if with_error:
                 known = row.relative_error is not None
                 cells.append(f"{row.relative_error:.2%}" if known else "")
@@ -74,7 +78,10 @@ class Summary:
 
 
 def summary(encoded, params=None, inputs=None) -> Summary:
-    """Returns the rows of a tree of encoded leaves: path, shape, method, bits, size and error.
+    """Returns the rows of a tree of encoded leaves: path, shape, method, bits, groups, size, error.
+
+    A leaf that holds several layers and has one group wants `stacked`, one group per head or
+    channel wants `axes`. Arrays of two or more dimensions that are not encoded are named in a note.
 
     Args:
       encoded: what `Quantizer.encode` gives; plain leaves are listed too.
@@ -91,7 +98,11 @@ def summary(encoded, params=None, inputs=None) -> Summary:
     if params is not None:
         floats = paths.restrict(paths.flatten(params)[0], named, "encoded tree")
     rows = tuple(_row(path, leaf, floats) for path, leaf in named.items())
-    return Summary(rows, () if inputs is None else _notes(inputs))
+    notes = () if inputs is None else _notes(inputs)
+    left = [row.path for row in rows if row.groups is None and len(row.shape) > 1]
+    if left:
+        notes += (f"not encoded, of two or more dimensions: {', '.join(left)}",)
+    return Summary(rows, notes)
 
 
 def _notes(inputs):
@@ -135,7 +146,16 @@ def _row(path, leaf, floats):
         nbytes=qarray.nbits(leaf) // 8,
         squared_error=squared,
         relative_error=relative,
+        groups=_groups(leaf) if encoded else None,
     )
+
+
+def _groups(leaf) -> int:
+    """Returns how many parts of a leaf have a step, a table or coordinates of their own."""
+    if isinstance(leaf, qarray.Grid):
+        return leaf.step.size
+    scales = leaf.levels if isinstance(leaf, qarray.Table) else leaf.coords
+    return math.prod(scales.shape[:-1])
 
 
 def _method(leaf) -> str:

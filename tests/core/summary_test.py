@@ -38,10 +38,12 @@ def test_rows():
     assert kernel.squared_error == pytest.approx(5 * 0.1**2, rel=1e-5)
     norm = float(jnp.sum(params["Dense_0"]["kernel"] ** 2))
     assert kernel.relative_error == pytest.approx((0.05 / norm) ** 0.5, rel=1e-5)
+    assert kernel.groups == 1
     # A plain leaf has the bits of its dtype, and no error.
-    assert rows["Dense_0/bias"][1:] == ((2,), "bfloat16", 16, 4, None, None)
+    assert rows["Dense_0/bias"][1:] == ((2,), "bfloat16", 16, 4, None, None, None)
     # 3 groups of 2 weights with 1, 2 and 0 bases: 6 + 3 * 2 bits, padded to 16, and 3 coordinates.
     sums = rows["Dense_1/kernel"]
+    assert sums.groups == 3
     assert sums[1:5] == ((2, 3), "MultiBit", 1.0, 2 + 12)
     assert sums.squared_error == 2 * (1.0 + 4.0)
     assert sums.relative_error == 0.0  # of a leaf of norm zero
@@ -89,3 +91,24 @@ def test_sizes_as_text(nbytes, expected):
 )
 def test_sizes_without_an_exponent(nbytes, expected):
     assert size_text(nbytes) == expected
+
+
+def test_groups_and_what_stays_float_are_seen():
+    rng = np.random.default_rng(0)
+    params = {
+        "Blocks": {"kernel": jnp.asarray(rng.normal(size=(3, 4, 6)), jnp.float32)},
+        "Embed_0": {"embedding": jnp.asarray(rng.normal(size=(7, 4)), jnp.float32)},
+        "pos": jnp.ones((2, 3)),
+        "scale": jnp.ones(3),
+    }
+
+    def groups(quantizer):
+        table = qj.summary(quantizer.encode(params, quantizer.init(params)))
+        return [row.groups for row in table.rows], table.notes
+
+    assert groups(qj.uniform(4))[0] == [1, 1, None, None]
+    assert groups(qj.stacked(qj.uniform(4), {"Blocks": 1}))[0] == [3, 1, None, None]
+    found, notes = groups(qj.stacked(qj.uniform(4, axes="channel"), {"Blocks": 1}))
+    assert found == [3 * 6, 7, None, None]
+    assert notes == ("not encoded, of two or more dimensions: pos",)
+    assert "groups" in str(qj.summary(params))
