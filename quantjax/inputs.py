@@ -1,11 +1,12 @@
 """Which input quantizer takes which layer: what `linen` and `nnx` have in common."""
 
+import contextlib
 from collections.abc import Iterable, Mapping
 
 import jax.numpy as jnp
 
 from quantjax.core import paths as paths_lib
-from quantjax.core.quantizer import InputQuantizer
+from quantjax.core.quantizer import InputQuantizer, Quantizer
 
 
 def by_pattern(quantizer) -> dict[str, InputQuantizer | None]:
@@ -17,9 +18,18 @@ def by_pattern(quantizer) -> dict[str, InputQuantizer | None]:
     quantizers = dict(quantizer) if isinstance(quantizer, Mapping) else {".*": quantizer}
     strange = [q for q in quantizers.values() if not isinstance(q, InputQuantizer | None)]
     if not quantizers or strange or not isinstance(quantizer, Mapping | InputQuantizer):
-        raise ValueError(
-            f"expected an InputQuantizer or {{pattern: InputQuantizer | None}}, got {quantizer!r}"
+        weights = [q for q in strange if isinstance(q, Quantizer)]
+        hint = (
+            f"; {weights[0]!r} is a Quantizer, it takes trees of params. Inputs of layers take "
+            "uniform_input, srq_input, rq_input or multi_bit_input"
+            if weights
+            else ""
         )
+        raise ValueError(
+            f"expected an InputQuantizer or {{pattern: InputQuantizer | None}}, got "
+            f"{quantizer!r}{hint}"
+        )
+    paths_lib.check_patterns(quantizers)
     return quantizers
 
 
@@ -45,3 +55,27 @@ def as_float(x, dtype):
     """Returns floats as they are, anything else as an array of `dtype`."""
     x = jnp.asarray(x)
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
+
+
+@contextlib.contextmanager
+def at(path: str):
+    """Errors inside name the layer."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def refuse(number: int, bad: Mapping):
+    """Raises ValueError for a batch that gives layers NaN or infinity.
+
+    Args:
+      number: of the batch.
+      bad: {path: how many values}.
+    """
+    found = ", ".join(f"{path} ({count} values)" for path, count in bad.items() if count)
+    if found:
+        raise ValueError(
+            f"batch {number} gives these layers inputs that are NaN or infinite: {found}; "
+            "calibrate on finite batches"
+        )

@@ -5,12 +5,17 @@ NNX has no interceptor, but its layers pass their input through an attribute, `p
 an `InputQuantizer`: the paths of all kernels stay, so that float checkpoints still load.
 """
 
+import contextlib
+import functools
 from collections.abc import Callable, Iterable
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
 from quantjax import inputs
+from quantjax.core import passes
 from quantjax.core.quantizer import InputQuantizer, QuantState
 
 LAYERS = (nnx.Conv, nnx.ConvTranspose, nnx.Linear, nnx.LinearGeneral)
@@ -36,7 +41,8 @@ class ActQuant(nnx.Module):
         self.quantizer, self.promote, self.path = quantizer, promote, path
         self.learned, self.buffers = nnx.Dict(), nnx.Dict()  # name -> QuantParam, QuantStat
         self.rngs = nnx.data(None if rngs is None else rngs["quant"].fork())
-        self.fitted = self.calibrating = False
+        self.fitted = self.calibrating = self.in_pass = False
+        self.note = None  # while calibrating: takes the path and how many values are not finite
         self.use_running_average = self.deterministic = False
 
     def __call__(self, args, **kwargs):
@@ -51,26 +57,53 @@ class ActQuant(nnx.Module):
         Raises:
           ValueError: there is no state yet.
         """
-        update = self.fitted and (self.calibrating or not self.use_running_average)
-        if not self.fitted:
-            if not self.calibrating:
-                raise ValueError(
-                    f"{self.path or 'the model itself'}: the input quantizer is not fitted; call "
-                    "quantjax.nnx.calibrate(model, batch) once, outside of jit"
-                )
-            learned, buffers = self.quantizer.init(lax.stop_gradient(x))
-            self.learned.update({name: QuantParam(value) for name, value in learned.items()})
-            self.buffers.update({name: QuantStat(value) for name, value in buffers.items()})
-            self.fitted = True
+        fitting = not self.fitted
+        if fitting:
+            self._fit(x)
+        if self.note is not None:
+            note = functools.partial(self.note, self.path or "the model itself")
+            jax.debug.callback(note, jnp.sum(~jnp.isfinite(x)))
+        update = not fitting and self.updates
         state = QuantState(
             *({name: var[...] for name, var in d.items()} for d in (self.learned, self.buffers))
         )
         key = None if self.deterministic or self.rngs is None else self.rngs()
-        x_hat, state = self.quantizer.apply(x, state, key=key, update=update)
-        if update:
-            for name, value in state.buffers.items():
+        with inputs.at(self.path or "the model itself"):
+            x_hat, state = self.quantizer.apply(x, state, key=key, update=update)
+        buffers = state.buffers
+        if self.in_pass and (fitting or update):
+            buffers = passes.called(buffers, fitting=fitting)
+        if fitting or update:
+            for name, value in buffers.items():
                 self.buffers[name][...] = value
+        if update and self.calibrating:  # fitted again where it is the fitting pass
+            for name, value in state.learned.items():
+                self.learned[name][...] = value
         return x_hat
+
+    @property
+    def updates(self) -> bool:
+        """Whether a call moves the statistics."""
+        return self.calibrating or not self.use_running_average
+
+    def _fit(self, x):
+        path = self.path or "the model itself"
+        if not self.calibrating:
+            raise ValueError(
+                f"{path}: the input quantizer is not fitted; call "
+                "quantjax.nnx.calibrate(model, batch) once, outside of jit"
+            )
+        with inputs.at(path):
+            learned, buffers = self.quantizer.init(lax.stop_gradient(x))
+        self.learned.update({name: QuantParam(value) for name, value in learned.items()})
+        self.buffers.update({name: QuantStat(value) for name, value in buffers.items()})
+        self.fitted = True
+
+    def end_pass(self):
+        """The next call begins another pass."""
+        if passes.JOINS in self.buffers:
+            joins = self.buffers[passes.JOINS]
+            joins[...] = passes.end({passes.JOINS: joins[...]})[passes.JOINS]
 
 
 def quantize_inputs(model: nnx.Module, quantizer, where: str = ".*", *, rngs=None) -> nnx.Module:
@@ -86,13 +119,22 @@ def quantize_inputs(model: nnx.Module, quantizer, where: str = ".*", *, rngs=Non
       rngs: nnx.Rngs; with it, passes are stochastic in training mode, from the stream `quant`.
 
     The clone must be fitted by `calibrate` before its first use. It starts in evaluation mode if
-    every batch norm and dropout of the model is, otherwise in training mode.
+    every batch norm and dropout of the model is, otherwise in training mode. Its class is one of
+    the same name made for it: what a layer sees in one call of the clone counts once, however
+    often the layer is called there. In other methods of the model every call counts. A step that
+    loss scaling skips leaves all as it was if the loop keeps the old `QuantStat` state, as it keeps
+    the params.
 
     Raises:
-      ValueError: a quantizer that is none; a pattern that matches no layer or is wholly shadowed;
-        a layer that is quantized already.
+      ValueError: a quantizer that is none; no NNX model; a pattern that matches no layer or is
+        wholly shadowed; a layer that is quantized already.
     """
     quantizers = inputs.by_pattern(quantizer)
+    if not isinstance(model, nnx.Module):
+        raise ValueError(
+            f"expected an NNX model, got {model!r}; model.apply of a Linen model goes to "
+            "quantjax.linen.quantize_inputs"
+        )
     model = nnx.clone(model)
     modules = {"/".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
     layers = {path: module for path, module in modules.items() if isinstance(module, LAYERS)}
@@ -113,6 +155,7 @@ def quantize_inputs(model: nnx.Module, quantizer, where: str = ".*", *, rngs=Non
         act = ActQuant(chosen, layer.promote_dtype, path, rngs)
         act.use_running_average = act.deterministic = evaluating
         layer.promote_dtype = nnx.data(act)
+    model.__class__ = _counting_passes(type(model))
     return model
 
 
@@ -120,37 +163,113 @@ def calibrate(model: nnx.Module, batches: Iterable, **kwargs) -> None:
     """Fits the input quantizers of `model` to the first batch and updates them with the others.
 
     Args:
-      model: what `quantize_inputs` returned; changed in place. It runs in the mode it is in: after
-        `model.eval()`, batch norm and dropout stay as they are.
+      model: what `quantize_inputs` returned, or a part of it; changed in place, and what was fitted
+        before is dropped. It runs in the mode it is in: after `model.eval()`, batch norm and
+        dropout stay as they are.
       batches: inputs of the model, arrays or trees of arrays; a single array is one batch.
       **kwargs: further arguments of the model.
 
     Not under jit: it creates the state. A quantized checkpoint loads into a model that was
-    calibrated on any batch. nnx.scan over stacked layers fits one state per layer; inside a loop
-    that carries its layers (nnx.RNN) the state cannot be created: leave those layers out.
+    calibrated on any batch. nnx.scan over stacked layers fits one state per layer. Inside a loop
+    that carries its layers (nnx.RNN) a state can be read and updated, one grid over time, but not
+    made: calibrate the cell by itself first, `calibrate(model.rnn.cell, [carry], inputs=x[:, 0])`;
+    the model's calibration then keeps and updates it.
 
     Raises:
-      ValueError: no batches, nothing to calibrate, or a layer that these batches did not reach.
+      ValueError: no batches, nothing to calibrate, a layer that these batches did not reach, or
+        that is in a loop over time; a batch that gives a layer NaN or infinity (with its path).
+        The state is then as before.
     """
+    if not isinstance(model, nnx.Module):
+        raise ValueError(f"expected what quantize_inputs returned, got {model!r}")
     acts = [module for _, module in nnx.iter_modules(model) if isinstance(module, ActQuant)]
     if not acts:
         raise ValueError("the model quantizes no inputs: pass what quantize_inputs returned")
     batches = [batches] if hasattr(batches, "shape") else batches
-    ran = False
+    in_loops = _in_loops(model)
+    for act in acts:
+        if act in in_loops and not act.fitted:
+            raise ValueError(
+                f"{act.path}: a loop over time cannot make the state of an input quantizer. "
+                "Calibrate the cell by itself first, `calibrate(model.rnn.cell, [carry], "
+                "inputs=x[:, 0])`, or leave the layer out with {pattern: None}"
+            )
+    before = [(act, act.learned, act.buffers, act.fitted) for act in acts]
+    bad, ran = {}, False
+
+    def note(path, count):
+        bad[path] = bad.get(path, 0) + int(count)
+
     try:
         for act in acts:
-            act.calibrating = True
-        for batch in batches:
-            model(batch, **kwargs)
+            act.calibrating, act.note = True, note
+            if act not in in_loops:
+                act.learned, act.buffers, act.fitted = nnx.Dict(), nnx.Dict(), False
+        for number, batch in enumerate(batches):
+            with _one_pass(model):
+                model(batch, **kwargs)
+            jax.effects_barrier()
+            inputs.refuse(number, bad)
             ran = True
+        if not ran:
+            raise ValueError("calibrate needs at least one batch")
+        unfitted = [act.path for act in acts if not act.fitted]
+        if unfitted:
+            raise ValueError(
+                f"these layers saw no input: {unfitted}. Leave out with `where`, or with a pattern "
+                "that maps to None, what the model does not call or what ignores promote_dtype"
+            )
+    except BaseException:
+        for act, *state in before:
+            act.learned, act.buffers, act.fitted = state
+        raise
     finally:
         for act in acts:
-            act.calibrating = False
-    if not ran:
-        raise ValueError("calibrate needs at least one batch")
-    unfitted = [act.path for act in acts if not act.fitted]
-    if unfitted:
-        raise ValueError(
-            f"these layers saw no input: {unfitted}. Leave out with `where`, or with a pattern "
-            "that maps to None, what the model does not call or what ignores promote_dtype"
-        )
+            act.calibrating, act.note = False, None
+
+
+def _in_loops(model) -> list[ActQuant]:
+    """Returns what lies in a loop over time."""
+    loops = [module for _, module in nnx.iter_modules(model) if isinstance(module, nnx.RNN)]
+    found = [module for loop in loops for _, module in nnx.iter_modules(loop)]
+    return [module for module in found if isinstance(module, ActQuant)]
+
+
+@contextlib.contextmanager
+def _one_pass(model):
+    """Inside, all calls of a layer whose statistics move count as one."""
+    acts = [module for _, module in nnx.iter_modules(model) if isinstance(module, ActQuant)]
+    moving = [act for act in acts if act.calibrating or (act.fitted and act.updates)]
+    moving = [act for act in moving if not act.in_pass]
+    for act in moving:
+        act.in_pass = True
+    try:
+        yield
+    finally:
+        for act in moving:
+            act.in_pass = False
+            act.end_pass()
+
+
+@functools.cache
+def _counting_passes(cls: type) -> type:
+    """Returns the class of a model whose every call is one pass."""
+
+    def call(self, *args, **kwargs):
+        with _one_pass(self):
+            return cls.__call__(self, *args, **kwargs)
+
+    def reduce_ex(self, protocol):
+        _, _, *rest = super(made, self).__reduce_ex__(protocol)
+        return _unpickled, (cls,), *rest
+
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    if "__call__" in dir(cls):
+        names["__call__"] = functools.wraps(cls.__call__)(call)
+    made = type(cls.__name__, (cls,), {**names, "__reduce_ex__": reduce_ex})
+    return made
+
+
+def _unpickled(cls: type):
+    made = _counting_passes(cls)
+    return made.__new__(made)

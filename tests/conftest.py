@@ -20,7 +20,7 @@ def few_programs():
 
 @contextlib.contextmanager
 def without_optimizations():
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

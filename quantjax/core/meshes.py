@@ -89,7 +89,8 @@ def _place(leaf, mesh):
     return NamedSharding(mesh, PartitionSpec()) if sharding.mesh.empty else sharding
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+# Unused arguments are kept: they alone may say on which devices it runs.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), keep_unused=True)
 def _run(fn, treedef, shardings, *args):
     # In jit even where the caller is not: arrays on one device may stand beside those on a mesh.
     return auto_axes(fn, out_sharding=treedef.unflatten(shardings))(*args)

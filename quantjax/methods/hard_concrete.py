@@ -56,32 +56,26 @@ def logit(prob):
     return jnp.log(prob) - jnp.log1p(-prob)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _mask(u, prob, temperature, gamma, zeta):
     concrete = jax.nn.sigmoid((logit(u) + logit(prob)) / temperature)
     return jnp.clip(concrete * (zeta - gamma) + gamma, 0, 1)
 
 
-def _mask_forward(*inputs):
-    mask = _mask(*inputs)
-    return mask, (mask, *inputs)
-
-
-def _mask_backward(saved, cotangent):
-    mask, u, prob, temperature, gamma, zeta = saved
+@_mask.defjvp
+def _mask_jvp(primals, tangents):
+    u, prob, temperature, gamma, zeta = primals
+    mask = _mask(*primals)
     concrete = (mask - gamma) / (zeta - gamma)
     inside = (mask > 0) & (mask < 1)
     slope = jnp.where(inside, (zeta - gamma) * concrete * (1 - concrete) / temperature, 0)
 
     # d logit(p) / dp; u = 0 and u = 1 are always clipped, and autodiff would make 0 * inf of them.
-    def through(p):
+    def through(p, tangent):
         p = jnp.where(inside, p, 0.5)
-        return cotangent * slope / (p * (1 - p))
+        return slope / (p * (1 - p)) * tangent
 
-    return through(u), through(prob), None, None, None
-
-
-_mask.defvjp(_mask_forward, _mask_backward)
+    return mask, through(u, tangents[0]) + through(prob, tangents[1])
 
 
 def check(prob, temperature, gamma, zeta):

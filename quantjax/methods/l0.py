@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quantjax.core.quantizer import Quantizer, leafwise
+from quantjax.core.quantizer import Quantizer, described, leafwise
 from quantjax.methods import hard_concrete
 
 LARGEST = 12.0  # of a logit: beyond it float32 probabilities are 0 or 1
 
 
+@described
 def l0(strength: float, *, prob: float = 0.9) -> Quantizer:
     """Multiplies every weight by its gate: drawn with a key, the one of u = 1/2 without.
 
@@ -26,7 +27,7 @@ def l0(strength: float, *, prob: float = 0.9) -> Quantizer:
       prob: of all gates at the start, in (0, 1).
 
     Raises:
-      ValueError: an argument outside its range.
+      ValueError: an argument outside its range; a state of another quantizer or of other leaves.
     """
     if not 0 <= strength < np.inf:
         raise ValueError(f"strength must be finite and not negative, got {strength!r}")
@@ -42,6 +43,10 @@ def l0(strength: float, *, prob: float = 0.9) -> Quantizer:
     def apply(leaf, learned, buffers, key):
         del buffers
         p = _probability(learned)
+        if p.shape != leaf.shape:
+            raise ValueError(
+                f"the state was made for another tree: gates {p.shape}, leaf {leaf.shape}"
+            )
         if key is None:
             gate = hard_concrete.from_uniform(jnp.full_like(p, 0.5), p)
         else:
@@ -54,7 +59,11 @@ def l0(strength: float, *, prob: float = 0.9) -> Quantizer:
 
     # jit: the product is rounded once, to the leaf's dtype, as in training.
     encode = jax.jit(lambda leaf, learned, buffers: apply(leaf, learned, buffers, None))
-    return leafwise(init, apply, encode, penalty=penalty)
+
+    def check(learned, buffers):
+        return learned["logit"], buffers["strength"]  # KeyError: another quantizer's
+
+    return leafwise(init, apply, encode, penalty=penalty, check=check)
 
 
 def _probability(learned):

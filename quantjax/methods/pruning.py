@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from quantjax.core import checks, order_statistics, paths, random_numbers
-from quantjax.core.quantizer import Quantizer, QuantState, leafwise
+from quantjax.core import checks, meshes, order_statistics, paths, random_numbers
+from quantjax.core.quantizer import Quantizer, described, keep, leafwise
 
 
+@described
 def magnitude(
     density: float,
     *,
@@ -41,7 +42,8 @@ def magnitude(
       ValueError: a density outside (0, 1], or a schedule out of order.
     """
     _check_density(density)
-    _check_steps(begin=begin, end=end, every=every)
+    begin, every = checks.whole("begin", begin, 0), checks.whole("every", every, 1)
+    end = None if end is None else checks.whole("end", end, 0)
     if end is not None and not end > begin:
         raise ValueError(f"end must come after begin, got begin={begin}, end={end}")
 
@@ -53,49 +55,62 @@ def magnitude(
             "count": jnp.zeros((), jnp.int32),
         }
 
-    base = leafwise(start, _apply, _encode, biases=biases)
+    def counted(leaf, learned, buffers, key):
+        del leaf, learned, key
+        return {**buffers, "count": buffers["count"] + 1}
 
-    def groups(state):
-        return [list(state.buffers)] if across else [[path] for path in state.buffers]
+    def check(learned, buffers):
+        del learned
+        for name in ("mask", "density", "count"):
+            buffers[name]  # a KeyError: the state is another quantizer's
 
-    def init(params, key=None):
-        state = base.init(params, key)
-        if end is not None:
-            return state
-        flat, _ = paths.flatten(params)
-        buffers = {}
-        for group in groups(state):
-            mine = state.buffers[group[0]]
-            masks = _largest(paths.restrict(flat, group), mine["density"])
-            buffers |= {path: {**state.buffers[path], "mask": masks[path]} for path in group}
-        return state._replace(buffers=buffers)
+    base = leafwise(start, _apply, _encode, counted, biases=biases, check=check)
 
-    def update(params, state, *, key=None):
-        del key
-        flat, _ = paths.flatten(params)
-        leaves = paths.restrict(flat, state.buffers)
-        buffers = {}
-        for group in groups(state):
-            mine = [state.buffers[path] for path in group]
-            count = mine[0]["count"] + 1
-            now = _gradual(mine[0]["density"], count, begin, end)
-            due = (count >= begin) & (count <= end)
-            due &= ((count - begin) % every == 0) | (count == end)
-            masks = lax.cond(
+    def groups(leaves):
+        return [list(leaves)] if across else [[path] for path in leaves]
+
+    def prune(leaves, buffers):
+        masks = {}
+        for group in groups(leaves):
+            mine = {path: leaves[path] for path in group}
+            masks |= _largest(mine, buffers[group[0]]["density"])
+        return masks
+
+    def move(leaves, buffers):
+        masks = {}
+        for group in groups(leaves):
+            first = buffers[group[0]]
+            now = _gradual(first["density"], first["count"], begin, end)
+            due = (first["count"] >= begin) & (first["count"] <= end)
+            due &= ((first["count"] - begin) % every == 0) | (first["count"] == end)
+            masks |= lax.cond(
                 due,
                 lambda leaves, masks, now: _largest(leaves, now),
                 lambda leaves, masks, now: masks,
                 {path: leaves[path] for path in group},
-                {path: old["mask"] for path, old in zip(group, mine, strict=True)},
+                {path: buffers[path]["mask"] for path in group},
                 now,
             )
-            for path, old in zip(group, mine, strict=True):
-                buffers[path] = {**old, "mask": masks[path], "count": old["count"] + 1}
+        return masks
+
+    def over(params, state, fn):
+        """Returns the state with the masks that fn gives, which sees all leaves."""
+        leaves = paths.restrict(paths.flatten(params)[0], state.buffers)
+        masks = meshes.typed_as(leaves, fn, leaves, state.buffers)
+        buffers = {path: {**old, "mask": masks[path]} for path, old in state.buffers.items()}
         return state._replace(buffers=buffers)
 
-    return base._replace(init=init) if end is None else base._replace(init=init, update=update)
+    def init(params, key=None):
+        state = base.init(params, key)
+        return over(params, state, prune) if end is None else state
+
+    def update(params, state, *, key=None):
+        return over(params, base.update(params, state, key=key), move)
+
+    return base._replace(init=init, update=keep if end is None else update)
 
 
+@described
 def surgery(
     density: float,
     *,
@@ -127,7 +142,7 @@ def surgery(
       ValueError: an argument outside its range, thresholds out of order.
     """
     _check_density(density)
-    _check_steps(end=end, every=every)
+    end, every = checks.whole("end", end, 0), checks.whole("every", every, 1)
     if not 0 <= low <= high < np.inf:
         raise ValueError(f"thresholds must be in order, 0 <= low <= high, got {low} and {high}")
     if not (decay >= 0 and power >= 0):
@@ -162,6 +177,7 @@ def surgery(
     return leafwise(init, _apply, _encode, update, biases=biases)
 
 
+@described
 def n_m(n: int, m: int, *, axis: int = -2, every: int | None = None) -> Quantizer:
     """Keeps the n largest of every m consecutive weights along an axis, such as 2:4.
 
@@ -176,11 +192,13 @@ def n_m(n: int, m: int, *, axis: int = -2, every: int | None = None) -> Quantize
     Raises:
       ValueError: an argument outside its range; at `init`, a leaf without that axis, by path.
     """
-    if not 1 <= n <= m:
+    n, m = checks.whole("n", n, 1), checks.whole("m", m, 1)
+    if n > m:
         raise ValueError(f"n of m needs 1 <= n <= m, got {n} and {m}")
-    if not (isinstance(axis, int) and axis < 0):
+    if not (isinstance(axis, int | np.integer) and axis < 0):
         raise ValueError(f"axis is counted from the end, such as -2; got {axis!r}")
-    _check_steps(every=every)
+    axis = int(axis)
+    every = None if every is None else checks.whole("every", every, 1)
 
     def init(path, leaf, key):
         del path, key
@@ -203,6 +221,7 @@ def n_m(n: int, m: int, *, axis: int = -2, every: int | None = None) -> Quantize
     return leafwise(init, _apply, _encode, None if every is None else update)
 
 
+@described
 def pruned(masks) -> Quantizer:
     """Multiplies leaves by masks that never move; it owns the leaves that have one.
 
@@ -218,26 +237,41 @@ def pruned(masks) -> Quantizer:
     if not flat_masks:
         raise ValueError("pruned needs at least one mask")
     for path, mask in flat_masks.items():
-        if not isinstance(mask, jax.core.Tracer) and not np.all(np.isin(np.asarray(mask), (0, 1))):
-            raise ValueError(f"{path}: a mask holds True and False, or 1 and 0")
-    base = leafwise(lambda path, leaf, key: ({}, {}), _apply, _encode)
+        if checks.is_concrete(mask):
+            # On the host: leaves may lie on other devices than the masks do.
+            flat_masks[path] = np.asarray(mask)
+            if not np.all(np.isin(flat_masks[path], (0, 1))):
+                raise ValueError(f"{path}: a mask holds True and False, or 1 and 0")
 
-    def init(params, key=None):
-        del key
-        flat, _ = paths.flatten(params)
+    def owns(flat):
         missing = [path for path in flat_masks if path not in flat]
         if missing:
             raise ValueError(f"masks without a leaf: {missing} not among {list(flat)}")
-        buffers = {}
+        return list(flat_masks)
+
+    def start(path, leaf, key):
+        del key
+        shape = jnp.shape(flat_masks[path])
+        if shape != leaf.shape:
+            raise ValueError(f"a mask of shape {shape}, the leaf has {leaf.shape}")
+        return {}, {}
+
+    base = leafwise(start, _apply, _encode, owns=owns)
+
+    def init(params, key=None):
+        state = base.init(params, key)
+        flat, _ = paths.flatten(params)
         for path, mask in flat_masks.items():
-            if jnp.shape(mask) != flat[path].shape:
-                raise ValueError(
-                    f"{path}: a mask of shape {jnp.shape(mask)}, the leaf has {flat[path].shape}"
-                )
-            buffers[path] = {"mask": jnp.asarray(mask, bool)}
-        return QuantState({}, buffers)
+            mask = meshes.typed_as(flat[path], _as_bools, flat[path], mask)
+            state.buffers[path] = {"mask": mask}
+        return state
 
     return base._replace(init=init)
+
+
+def _as_bools(leaf, mask):
+    del leaf  # says where the mask lies
+    return jnp.asarray(mask, bool)
 
 
 @jax.custom_jvp
@@ -289,32 +323,23 @@ def _threshold(keys: list, density):
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _best_of_each(leaf, n: int, m: int, axis: int):
-    length = leaf.shape[axis]
     at = leaf.ndim + axis
     keys = order_statistics.magnitude_keys(leaf)
-    if length % m:  # filled up with keys that are below all others
-        padding = [(0, 0)] * leaf.ndim
-        padding[at] = (0, -length % m)
-        keys = jnp.pad(keys, padding, constant_values=-1)
-    keys = keys.reshape(*leaf.shape[:at], -1, m, *leaf.shape[at + 1 :])
+    index = lax.broadcasted_iota(jnp.int32, leaf.shape, at)
+    place, left = index % m, leaf.shape[at] - index
 
-    def count(chosen):
-        return jnp.sum(chosen, axis=at + 1, keepdims=True)
+    def neighbour(distance):
+        # Shifted rather than grouped: of a sharded axis only the borders cross devices.
+        config = [(0, 0, 0)] * leaf.ndim
+        config[at] = (-distance, distance, 0)
+        return lax.pad(keys, jnp.zeros((), keys.dtype), config)
 
-    k = jnp.full_like(count(keys), n, jnp.int32)
-    border = order_statistics.kth_largest(lambda t: count(keys >= t), k, keys.dtype)
-    above, equal = keys > border, keys == border
-    # Of those that equal the border the first: places as keys, the first place the largest.
-    shape = [1] * keys.ndim
-    shape[at + 1] = m
-    place = jnp.arange(m, 0, -1, dtype=jnp.int32).reshape(shape)
-    left = n - count(above).astype(jnp.int32)
-    last = order_statistics.kth_largest(
-        lambda t: count(equal & (place >= t)), left, jnp.int32, bits=m.bit_length()
-    )
-    mask = above | (equal & (place >= last))
-    mask = mask.reshape(*leaf.shape[:at], -1, *leaf.shape[at + 1 :])
-    return lax.slice_in_dim(mask, 0, length, axis=at)
+    better = jnp.zeros(leaf.shape, jnp.int32)
+    for distance in range(1, m):
+        # Of equal ones those before are better.
+        better += (place >= distance) & (neighbour(-distance) >= keys)
+        better += (place + distance < m) & (left > distance) & (neighbour(distance) > keys)
+    return better < n
 
 
 def _gradual(density, step, begin, end):
@@ -324,12 +349,3 @@ def _gradual(density, step, begin, end):
 
 def _check_density(density):
     checks.number("density", density, "in (0, 1]", lambda share: (share > 0) & (share <= 1))
-
-
-def _check_steps(**counts):
-    for name, count in counts.items():
-        least = 1 if name == "every" else 0
-        if count is None:
-            continue
-        if not isinstance(count, int) or isinstance(count, bool) or count < least:
-            raise ValueError(f"{name} must be a whole number from {least} on, got {count!r}")

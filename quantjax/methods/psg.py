@@ -54,6 +54,7 @@ class ScaleByPositionState(NamedTuple):
     """State of `scale_by_position`."""
 
     target: QuantState  # the target quantizer's own; one scalar where there are no params
+    count: jax.Array  # scalar, int32: steps done
 
 
 def scale_by_position(
@@ -67,14 +68,15 @@ def scale_by_position(
 
     Args:
       quantizer: any; `uniform(bits)` for low-bit weights, `zero()` for sparse ones.
-      strength: lambda_s: a number, or {pattern: number} with the patterns of `partition`, which
-        must match every owned leaf.
+      strength: lambda_s: a number, a schedule (step -> number), or {pattern: either} with the
+        patterns of `partition`, which must match every owned leaf.
       eps: added to distances.
       directional: eq. A8, the maximum taken per leaf.
 
     Raises:
       ValueError: strength or eps negative or not finite; at `init`, a pattern of strength that
-        matches no owned leaf, or an owned leaf without a strength; params missing in `update`.
+        matches no owned leaf, or an owned leaf without a strength; in `update`, params missing,
+        or weights that the target's state does not know.
     """
     strengths = dict(strength) if isinstance(strength, Mapping) else {".*": strength}
     paths.check_patterns(strengths)
@@ -84,20 +86,20 @@ def scale_by_position(
 
     def init(params):
         if not jax.tree.leaves(params):  # optax.tree.map_params asks for the layout alone
-            return ScaleByPositionState(jnp.zeros(()))
+            return ScaleByPositionState(jnp.zeros(()), jnp.zeros((), jnp.int32))
         state = quantizer.init(params)
         mine = owned_paths(state)
         taken = paths.assign(strengths, mine)
         left = set(mine).difference(*taken.values())
         if left:
             raise ValueError(f"no strength for {sorted(left)} among patterns {list(strengths)}")
-        return ScaleByPositionState(state)
+        return ScaleByPositionState(state, jnp.zeros((), jnp.int32))
 
     def update(updates, state, params=None):
         if params is None:
             raise ValueError("scale_by_position needs params: call update(grads, state, params)")
         grads, rebuild = paths.flatten(updates)
-        weights, _ = paths.flatten(params)
+        weights, rebuild_params = paths.flatten(params)
         mine = owned_paths(state.target)
         grads_of = paths.restrict(grads, mine)
         # Distances before any cast: a bfloat16 target is no target.
@@ -105,16 +107,23 @@ def scale_by_position(
             path: leaf.astype(rounding.work_dtype(leaf.dtype))
             for path, leaf in paths.restrict(weights, mine).items()
         }
-        target = quantizer.update(wide, state.target)
-        goal = quantizer.apply(wide, target)
+        # The whole tree: the target says which weights its state does not know.
+        whole = rebuild_params({**weights, **wide})
+        target = quantizer.update(whole, state.target)
+        goal, _ = paths.flatten(quantizer.apply(whole, target))
+        values = {
+            pattern: value(state.count) if callable(value) else value
+            for pattern, value in strengths.items()
+        }
         scaled = {}
         for path, grad in grads_of.items():
-            value = strengths[paths.first_match(strengths, path)]
+            value = values[paths.first_match(strengths, path)]
             scale = position_scale(
                 wide[path], goal[path], strength=value, eps=eps, directional=directional
             )
             scaled[path] = (grad * scale).astype(grad.dtype)
-        return rebuild({**grads, **scaled}), ScaleByPositionState(target)
+        count = optax.safe_increment(state.count)
+        return rebuild({**grads, **scaled}), ScaleByPositionState(target, count)
 
     return optax.GradientTransformation(init, update)
 

@@ -7,12 +7,13 @@ step per leaf or group. The input grid is asymmetric and holds zero exactly.
 import jax.numpy as jnp
 from jax import lax
 
-from quantjax.core import checks, qarray, rounding
+from quantjax.core import checks, passes, qarray, rounding
 from quantjax.core.quantizer import (
     InputQuantizer,
     Quantizer,
     QuantState,
     described,
+    inputwise,
     leafwise,
 )
 
@@ -111,20 +112,23 @@ def uniform(
     return leafwise(init, apply, encode, update, biases=biases, check=check)
 
 
-def uniform_input(bits: int, *, momentum: float = 0.1) -> InputQuantizer:
+@described
+def uniform_input(bits: int, *, momentum: float = 0.1, axis_name=None) -> InputQuantizer:
     """Quantizes activations on an asymmetric grid that holds zero exactly.
 
     Args:
       bits: 1..16.
-      momentum: weight of the present batch's range in the running one, in (0, 1].
+      momentum: weight of the present pass in the running range, in (0, 1].
+      axis_name: of `pmap` or `shard_map`, over whose devices ranges are taken, too.
 
-    The range is the first batch's, then a running mean; `linen.calibrate_batch_norm` fits it to
+    The range is the first pass's, then a running mean; `linen.calibrate_batch_norm` fits it to
     batch norm's parameters instead. Values are (code - zero_point) * step, codes 0 .. 2**bits - 1.
+    NaN and infinity have no part in ranges; a batch without finite values leaves them.
 
     Raises:
-      ValueError: bits or momentum out of range.
+      ValueError: bits or momentum out of range; a state of another width.
     """
-    checks.bits(bits, 1)
+    bits = checks.bits(bits, 1)
     _check_momentum(momentum)
 
     def grid(low, high, levels):
@@ -132,25 +136,52 @@ def uniform_input(bits: int, *, momentum: float = 0.1) -> InputQuantizer:
         zero_point = jnp.clip(jnp.round(-low * (1 / step)), 0, levels)
         return {"low": low, "high": high, "levels": levels, "step": step, "zero_point": zero_point}
 
-    def init(x):
-        low, high = (bound.reshape(()) for bound in _range(x, None))
-        return QuantState({}, grid(low, high, jnp.full_like(low, 2**bits - 1)))
+    def extent(x):
+        x = x.astype(rounding.work_dtype(x.dtype))
+        return passes.least(x, axis_name), passes.most(x, axis_name)
 
-    def apply(x, state, *, key=None, update=False):
+    def init(x):
+        low, high = extent(x)
+        found = grid(*_with_zero(low, high), jnp.full_like(low, 2**bits - 1))
+        return QuantState({}, {**found, "pass_low": low, "pass_high": high, **passes.buffer()})
+
+    def move(x, buffers):
+        begins, infinity = buffers[passes.JOINS] == passes.NEW, jnp.asarray(jnp.inf, x.dtype)
+        before = (
+            jnp.where(begins, infinity, buffers["pass_low"]),
+            jnp.where(begins, -infinity, buffers["pass_high"]),
+        )
+        present = extent(x)
+        union = jnp.minimum(before[0], present[0]), jnp.maximum(before[1], present[1])
+        nothing_before, nothing = before[0] > before[1], union[0] > union[1]
+        weight = passes.weight(buffers, momentum, x.dtype)
+
+        def running(old, before, union):
+            before = jnp.where(nothing_before, old, before)
+            return jnp.where(nothing, old, weight * union + (old - weight * before))
+
+        old = buffers["low"], buffers["high"]
+        low, high = map(running, old, _with_zero(*before), _with_zero(*union))
+        ends = {"pass_low": union[0], "pass_high": union[1]}
+        return {**buffers, **grid(low, high, buffers["levels"]), **ends}
+
+    def apply(x, state, key, update):
         del key
         buffers = state.buffers
+        wide = x.astype(buffers["step"].dtype)
         if update:
-            low, high = (bound.reshape(()) for bound in _range(lax.stop_gradient(x), None))
-            low = momentum * low + (1 - momentum) * buffers["low"]
-            high = momentum * high + (1 - momentum) * buffers["high"]
-            buffers = grid(low, high, buffers["levels"])
+            buffers = move(lax.stop_gradient(wide), buffers)
         step, zero_point = buffers["step"], buffers["zero_point"]
         # (code - zero_point) * step with codes 0..levels: the grid shifted by whole codes.
         low, high = -zero_point, buffers["levels"] - zero_point
-        x_hat = rounding.nearest_on_grid(x.astype(step.dtype), step, low, high)
+        x_hat = rounding.nearest_on_grid(wide, step, low, high)
         return x_hat.astype(x.dtype), state._replace(buffers=buffers)
 
-    return InputQuantizer(init, apply)
+    def check(learned, buffers):
+        del learned
+        checks.width(checks.width_of_codes(buffers["levels"]) - 1, bits)  # codes without a sign
+
+    return inputwise(init, apply, check)
 
 
 @described
@@ -172,6 +203,10 @@ def _range(x, axes):
     x = x.astype(rounding.work_dtype(x.dtype))
     low = jnp.min(x, axis=axes, keepdims=True, initial=0)
     return low, jnp.max(x, axis=axes, keepdims=True, initial=0)
+
+
+def _with_zero(low, high):
+    return jnp.minimum(low, 0), jnp.maximum(high, 0)
 
 
 def _step(low, high, limit):

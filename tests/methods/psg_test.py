@@ -274,7 +274,7 @@ def test_a_state_made_for_another_tree():
 
 def test_a_tree_without_leaves_gets_a_scalar():
     state = qj.scale_by_position(qj.uniform(4), strength=1.0).init({})
-    assert [leaf.shape for leaf in jax.tree.leaves(state)] == [()]
+    assert [leaf.shape for leaf in jax.tree.leaves(state)] == [(), ()]  # target and count
 
 
 # The recommended chain

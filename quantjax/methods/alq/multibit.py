@@ -16,14 +16,15 @@ Groups, in the paper's words and in the axes of torch's and Flax's kernels:
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from quantjax.core import checks, qarray, rounding
-from quantjax.core.quantizer import Quantizer, leafwise
+from quantjax.core import checks, meshes, paths, qarray, rounding
+from quantjax.core.quantizer import Quantizer, described, leafwise
 from quantjax.methods.alq import bases as bases_lib
 from quantjax.methods.alq.bases import Bases
 
@@ -48,17 +49,19 @@ def sketch(w, bits: int, axes, *, blocks: int = 1, tol: float = TOLERANCE) -> qa
         blocks that do not divide; groups of fewer than 2 elements; values that are no floats, not
         finite, or none.
     """
-    checks.bits(bits, most=bases_lib.MOST_BITS)
-    checks.number("tol", tol, "in [0, 1)", lambda tol: (tol >= 0) & (tol < 1))
+    bits, tol = _check_sketch(bits, tol)
+    blocks, last = checks.whole("blocks", blocks, 1), last_axis(axes)
     view, within = _view(jnp.shape(w), axes, blocks)
     w = jnp.asarray(w)
     if not jnp.issubdtype(w.dtype, jnp.floating) or not w.size:
         raise ValueError(f"a sketch needs floats, got {w.dtype} of shape {w.shape}")
     checks.finite(w)
-    found = _sketch(w.reshape(view), bits, within, tol)
-    return as_multi_bit(found, w.dtype, blocks, last_axis(axes))
+    x = _in_view(w, view, last)
+    parts = meshes.shaped_as(x, _sketched(bits, within, tol), x)
+    return qarray.MultiBit(*parts, np.dtype(w.dtype), blocks, last if blocks > 1 else -1)
 
 
+@described
 def multi_bit(
     bits: int,
     axes,
@@ -70,8 +73,10 @@ def multi_bit(
     """Sends every weight to the nearest sum of its group's coordinates.
 
     Args:
-      bits, axes, blocks, tol: as in `sketch`, where the coordinates start; axes may be a
-        function (path, leaf) -> axes.
+      bits, axes, blocks, tol: as in `sketch`, where the coordinates start; axes may also be
+        "tensor" (the whole leaf), "channel" (a kernel's last axis, an embedding's rows are
+        groups), {pattern: axes} (first match wins, other leaves are one group), or a function
+        (path, leaf) -> axes; with blocks they are plain ones.
       momentum: weight of the refitted coordinates in the running ones, in (0, 1]; None: `update`
         takes those that fit the present weights best, given their bases.
 
@@ -81,12 +86,15 @@ def multi_bit(
     Raises:
       ValueError: as `sketch`; momentum out of range.
     """
-    checks.bits(bits, most=bases_lib.MOST_BITS)
+    bits, tol = _check_sketch(bits, tol)
     if momentum is not None:
         checks.number("momentum", momentum, "in (0, 1]", lambda m: (m > 0) & (m <= 1))
-    by_leaf = isinstance(axes, Callable)
-    if by_leaf and blocks != 1:
-        raise ValueError("blocks need axes that are no function; use partition for several axes")
+    axes, blocks = checks.axes(axes), checks.whole("blocks", blocks, 1)
+    by_leaf = axes is None or isinstance(axes, str | Mapping | Callable)
+    if by_leaf and blocks > 1:
+        raise ValueError(
+            f"blocks need plain axes such as -2, got {axes!r}; use partition for several axes"
+        )
     axis = -1 if by_leaf else last_axis(axes)
 
     def place(buffers, leaf):
@@ -94,13 +102,19 @@ def multi_bit(
         coords, shape = buffers["coords"], leaf.shape
         if blocks > 1 and shape[axis] % blocks == 0:
             shape = _split(shape, axis, blocks)
-        leaf = leaf.reshape(shape)
+        leaf = _in_view(leaf, shape, axis)
         checks.fitting(coords[..., 0], leaf)
         return leaf.astype(coords.dtype)
 
+    def check(learned, buffers):
+        del learned
+        checks.width(buffers["coords"].shape[-1], bits)
+
     def init(path, leaf, key):
         del key
-        view, within = _view(leaf.shape, axes(path, leaf) if by_leaf else axes, blocks)
+        mine = checks.group_axes(axes, path, leaf)
+        mine = tuple(range(-leaf.ndim, 0)) if mine is None else mine
+        view, within = _view(leaf.shape, mine, blocks)
         found = _sketch(leaf.reshape(view), bits, within, tol)
         return {}, {"coords": found.coords, "mask": found.mask}
 
@@ -112,9 +126,8 @@ def multi_bit(
     def encode(leaf, learned, buffers):
         del learned
         x = place(buffers, leaf)
-        codes = _nearest_codes(buffers["coords"], buffers["mask"], x)
-        found = Bases(codes, buffers["coords"], buffers["mask"])
-        return as_multi_bit(found, leaf.dtype, blocks, axis)
+        parts = meshes.shaped_as(x, _nearest, x, buffers["coords"], buffers["mask"])
+        return qarray.MultiBit(*parts, np.dtype(leaf.dtype), blocks, axis if blocks > 1 else -1)
 
     def update(leaf, learned, buffers, key):
         del learned, key
@@ -126,7 +139,17 @@ def multi_bit(
             fitted = momentum * fitted + (1 - momentum) * coords
         return {**buffers, "coords": fitted}
 
-    return leafwise(init, apply, encode, update)
+    base = leafwise(init, apply, encode, update, check=check)
+
+    def init_in_view(params, key=None):
+        """Coordinates lie as the blocks do, which `leafwise` does not know."""
+        state, (flat, _) = base.init(params, key), paths.flatten(params)
+        for path, mine in state.buffers.items():
+            x = place(mine, flat[path])
+            state.buffers[path] = meshes.shaped_as(x, _second, x, mine)
+        return state
+
+    return base._replace(init=init_in_view) if blocks > 1 else base
 
 
 def average_bits(tree) -> float:
@@ -148,35 +171,28 @@ def storage_bits(tree) -> int:
     return total
 
 
-def as_multi_bit(bases: Bases, dtype, blocks: int, axis: int) -> qarray.MultiBit:
-    """Returns the encoded leaf."""
-    basis = _unpack(bases.codes, bases.coords.shape[-1])
-    axis = axis if blocks > 1 else -1
-    return qarray.MultiBit(basis, bases.coords, bases.mask, np.dtype(dtype), blocks, axis)
-
-
 def from_multi_bit(mb: qarray.MultiBit) -> Bases:
     """Returns the bases of an encoded leaf, in its view."""
-    return _from_parts(mb.basis, mb.coords, mb.mask)
+    like = Bases(mb.basis[..., 0], mb.coords, mb.mask)
+    return meshes.typed_as(like, _from_parts, mb.basis, mb.coords, mb.mask)
 
 
 def last_axis(axes) -> int:
     """Returns the last grouped axis; raises ValueError for axes that are no such choice."""
-    axes = tuple(axes) if isinstance(axes, Sequence) else (axes,)
-    if not axes or not all(isinstance(axis, int) and axis < 0 for axis in axes):
-        raise ValueError(f"axes are counted from the end, such as (-4, -3, -2); got {axes}")
-    if len(set(axes)) < len(axes):
-        raise ValueError(f"axes are repeated: {axes}")
-    return max(axes)
+    plain = axes if isinstance(axes, int | np.integer | Sequence) else ()
+    plain = () if isinstance(plain, str) else checks.axes(plain)
+    if not plain:
+        raise ValueError(f"axes are counted from the end, such as (-4, -3, -2); got {axes!r}")
+    return plain[-1]
 
 
 def _view(shape, axes, blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns the shape of the view and the axes of a group in it."""
     last = last_axis(axes)
-    axes = tuple(axes) if isinstance(axes, Sequence) else (axes,)
-    if min(axes) < -len(shape):
+    axes = checks.axes(axes)
+    if axes[0] < -len(shape):
         raise ValueError(f"axes {axes} are out of range for a leaf of shape {shape}")
-    if not isinstance(blocks, int) or blocks < 1 or shape[last] % blocks:
+    if shape[last] % blocks:
         raise ValueError(f"{blocks!r} blocks do not divide axis {last} of {shape}")
     if blocks > 1:
         shape = _split(shape, last, blocks)
@@ -192,9 +208,44 @@ def _split(shape, axis: int, blocks: int):
     return (*shape[:at], blocks, shape[at] // blocks, *shape[at + 1 :])
 
 
+def _in_view(leaf, shape, axis: int):
+    """Returns the leaf in its view; on Explicit meshes a sharded axis is sharded by its blocks."""
+    mesh = meshes.explicit_mesh(leaf)
+    if shape == leaf.shape or mesh is None:
+        return leaf.reshape(shape)
+    spec, at = list(jax.typeof(leaf).sharding.spec), leaf.ndim + axis
+    names = spec[at] if isinstance(spec[at], tuple) else (spec[at],)
+    devices = math.prod(mesh.shape[name] for name in names if name is not None)
+    spec[at : at + 1] = [spec[at] if shape[at] % devices == 0 else None, None]
+    return jnp.reshape(leaf, shape, out_sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def _second(x, buffers):
+    del x  # says where the buffers lie
+    return buffers
+
+
 # One program each, since encoding happens outside jit.
-_nearest_codes = jax.jit(bases_lib.nearest_codes)
-_unpack = jax.jit(bases_lib.unpack, static_argnums=1)
+@jax.jit
+def _nearest(x, coords, mask):
+    """Returns basis, coords and mask of the nearest sums."""
+    return _parts(Bases(bases_lib.nearest_codes(coords, mask, x), coords, mask))
+
+
+@functools.cache
+def _sketched(bits: int, within, tol: float):
+    return jax.jit(lambda x: _parts(_sketch(x, bits, within, tol)))
+
+
+def _parts(bases: Bases):
+    basis = bases_lib.unpack(bases.codes, bases.coords.shape[-1])
+    return basis, bases.coords, bases.mask
+
+
+def _check_sketch(bits, tol) -> tuple[int, float]:
+    bits = checks.bits(bits, most=bases_lib.MOST_BITS)
+    checks.number("tol", tol, "in [0, 1)", lambda tol: (tol >= 0) & (tol < 1))
+    return bits, float(tol)
 
 
 @jax.jit

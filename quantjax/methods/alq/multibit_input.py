@@ -4,53 +4,105 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from quantjax.core import checks, rounding
-from quantjax.core.quantizer import InputQuantizer, QuantState
+from quantjax.core import checks, passes, rounding
+from quantjax.core.quantizer import InputQuantizer, QuantState, described, inputwise
 from quantjax.methods.alq import bases as bases_lib
 
-FIRST_FITS = 10  # alternations of levels and least squares on the first batch
+FIRST_FITS = 10  # alternations of levels and least squares in the first pass
+CELLS = 16  # of the first pass's histogram, for every level
 
 
-def multi_bit_input(bits: int, *, momentum: float = 0.1) -> InputQuantizer:
+@described
+def multi_bit_input(bits: int, *, momentum: float = 0.1, axis_name=None) -> InputQuantizer:
     """Quantizes activations to x_ref + D gamma, fitted by a running average (eq. 24).
 
     Args:
       bits: I_x, 1..8.
-      momentum: weight of the present batch's least-squares fit in the running one, in (0, 1].
+      momentum: weight of the present pass's least-squares fit in the running one, in (0, 1].
+      axis_name: of `pmap` or `shard_map`, over whose devices is fitted, too.
 
-    The buffers are ref (scalar) and coords [K], one set per layer. The first batch starts from
-    even levels over its range, 0 included. Gradients are straight-through between the outermost
-    levels and 0 beyond. The last layer's output stays as it is.
+    The buffers ref (scalar) and coords [K] make the levels, one set per layer. The first pass
+    starts from even levels over its range, 0 included, and is fitted as a histogram, so that
+    several calls of a layer make one fit; base and sums are those of the present pass. NaN and
+    infinity count for nothing. Gradients are straight-through between the outermost levels and 0
+    beyond. The last layer's output stays as it is.
 
     Raises:
-      ValueError: bits or momentum out of range.
+      ValueError: bits or momentum out of range; a state of another width.
     """
-    checks.bits(bits, most=bases_lib.MOST_BITS)
+    bits = checks.bits(bits, most=bases_lib.MOST_BITS)
     checks.number("momentum", momentum, "in (0, 1]", lambda m: (m > 0) & (m <= 1))
+    cells = CELLS * 2 ** max(bits, 4)
 
     def init(x):
         x = x.astype(rounding.work_dtype(x.dtype))
-        low, high = jnp.min(x, initial=0), jnp.max(x, initial=0)
+        nothing = {
+            "cell_counts": jnp.zeros(cells, x.dtype),
+            "cell_offsets": jnp.zeros(cells, x.dtype),
+            "pass_low": jnp.asarray(jnp.inf, x.dtype),
+            "pass_high": jnp.asarray(-jnp.inf, x.dtype),
+            "base": jnp.zeros(bits + 1, x.dtype),
+            "sums": jnp.zeros(bits + 2 + bits * (bits + 1) // 2, x.dtype),
+            "ref": jnp.zeros((), x.dtype),
+            "coords": jnp.zeros(bits, x.dtype),
+            **passes.buffer(),
+        }
+        return QuantState({}, first_pass(x, nothing))
+
+    def first_pass(x, buffers):
+        """The fit to x and all that came before it in the fitting pass."""
+        old_low, old_high = buffers["pass_low"], buffers["pass_high"]
+        low = jnp.minimum(old_low, passes.least(x, axis_name))
+        high = jnp.maximum(old_high, passes.most(x, axis_name))
+        ends = {"pass_low": low, "pass_high": high}
+        low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
+        seen = _points(
+            buffers["cell_counts"],
+            buffers["cell_offsets"],
+            jnp.minimum(old_low, 0),
+            jnp.maximum(old_high, 0),
+        )
+        x, kept = passes.finite(x)
+        new = _histogram(x, kept.astype(x.dtype), low, high, cells)
+        old = _histogram(*seen, low, high, cells)
+        counts, offsets = (o + passes.total(n, axis_name) for o, n in zip(old, new, strict=True))
+        points = _points(counts, offsets, low, high)
         powers = jnp.asarray([2.0**k / (2**bits - 1) for k in range(bits)], x.dtype)
-        ref, coords = (low + high) / 2, (high - low) / 2 * powers
-        for _ in range(FIRST_FITS):
-            ref, coords = _fit(x, ref, coords)
-        return QuantState({}, {"ref": ref, "coords": coords})
+        start = jnp.append((low + high) / 2, (high - low) / 2 * powers)
+        fitted = lax.fori_loop(
+            0, FIRST_FITS, lambda _, base: _solve(base, _equations(*points, base)), start
+        )
+        found = {"ref": fitted[0], "coords": fitted[1:]}
+        return {**buffers, **found, **ends, "cell_counts": counts, "cell_offsets": offsets}
 
-    def apply(x, state, *, key=None, update=False):
+    def later_pass(x, buffers):
+        """Eq. 24: the fit to the present pass, given the levels before it, in the running one."""
+        begins = buffers[passes.JOINS] == passes.NEW
+        present = jnp.append(buffers["ref"], buffers["coords"])
+        base = jnp.where(begins, present, buffers["base"])
+        x, kept = passes.finite(x)
+        sums = passes.total(_equations(x, kept.astype(x.dtype), base), axis_name)
+        sums = sums + jnp.where(begins, 0, buffers["sums"])
+        moved = momentum * _solve(base, sums) + (1 - momentum) * base
+        moved = jnp.where(sums[0] > 0, moved, base)
+        return {**buffers, "ref": moved[0], "coords": moved[1:], "base": base, "sums": sums}
+
+    def apply(x, state, key, update):
         del key
-        ref, coords = state.buffers["ref"], state.buffers["coords"]
-        wide = x.astype(coords.dtype)
+        buffers = state.buffers
+        wide = x.astype(buffers["coords"].dtype)
         if update:
-            fitted = _fit(lax.stop_gradient(wide), ref, coords)
-            ref, coords = (
-                momentum * new + (1 - momentum) * old
-                for new, old in zip(fitted, (ref, coords), strict=True)
-            )
-            state = state._replace(buffers={"ref": ref, "coords": coords})
-        return _nearest(wide, ref, coords).astype(x.dtype), state
+            fitting = buffers[passes.JOINS] == passes.FITTING
+            fixed = lax.stop_gradient(wide)
+            buffers = lax.cond(fitting, first_pass, later_pass, fixed, buffers)
+        x_hat = _nearest(wide, buffers["ref"], buffers["coords"]).astype(x.dtype)
+        return x_hat, state._replace(buffers=buffers)
 
-    return InputQuantizer(init, apply)
+    def check(learned, buffers):
+        del learned
+        checks.width(buffers["coords"].shape[-1], bits)
+
+    return inputwise(init, apply, check)
 
 
 def fold_reference(kernel, bias, ref):
@@ -83,26 +135,58 @@ def _as_group(coords, x):
     return coords.reshape((1,) * x.ndim + coords.shape)
 
 
-def _fit(x, ref, coords):
-    """The least-squares ref and coords, given the present level of every activation."""
+def _width(low, high, cells):
+    width = (high - low) / cells
+    return jnp.where(width >= jnp.finfo(width.dtype).tiny, width, 1)
+
+
+def _histogram(x, weight, low, high, cells):
+    """Returns the weight in every cell from low to high, and its moment about the lower edge."""
+    place = (x - low) * (1 / _width(low, high, cells))
+    cell = jnp.clip(jnp.floor(place), 0, cells - 1)
+    index, nothing = cell.astype(jnp.int32), jnp.zeros(cells, x.dtype)
+    return nothing.at[index].add(weight), nothing.at[index].add(weight * (place - cell))
+
+
+def _points(counts, offsets, low, high):
+    """Returns the mean of every cell, and its weight."""
+    cells = counts.size
+    middle = offsets / jnp.maximum(counts, 1)
+    x = low + (jnp.arange(cells, dtype=counts.dtype) + middle) * _width(low, high, cells)
+    return jnp.where(counts > 0, x, 0), counts
+
+
+def _equations(x, weight, base):
+    """Returns the normal equations of [1, D] for what base leaves of x, as one flat array.
+
+    Given the present level of every activation. First come the rows of the matrix, without its
+    diagonal but for the first, since all are the sum of weights; then the right side.
+    """
+    ref, coords = base[0], base[1:]
     group = _as_group(coords, x)
     mask = jnp.ones(group.shape, bool)
     codes = bases_lib.nearest_codes(group, mask, x - ref)
-    rest = x - (ref + bases_lib.values(bases_lib.Bases(codes, group, mask)))
-    one = jnp.ones((), x.dtype)
-    # Of the columns [1, D]; the constant one first.
-    rows, pulls = [[jnp.asarray(x.size, x.dtype)]], [jnp.sum(rest)]
+    rest = weight * (x - (ref + bases_lib.values(bases_lib.Bases(codes, group, mask))))
+    matrix, pulls = [jnp.sum(weight)], [jnp.sum(rest)]
     for i in range(coords.size):
-        row = [jnp.sum(bases_lib.signed(codes, i, one))]
+        matrix.append(jnp.sum(bases_lib.signed(codes, i, weight)))
         for j in range(i):
             same = bases_lib.is_set(codes, i) == bases_lib.is_set(codes, j)
-            row.append(jnp.sum(jnp.where(same, one, -one)))
-        rows.append([*row, jnp.asarray(x.size, x.dtype)])
+            matrix.append(jnp.sum(jnp.where(same, weight, -weight)))
         pulls.append(jnp.sum(bases_lib.signed(codes, i, rest)))
+    return jnp.stack([*matrix, *pulls])
+
+
+def _solve(base, sums):
+    """Returns the least-squares ref and coords of the equations about base."""
+    size = base.size
+    entries = iter(sums)
+    count = next(entries)
     lower, inverses = [], []
-    for row in rows:
+    for i in range(size):
+        row = [*(next(entries) for _ in range(i)), count]
         factors, inverse = bases_lib.factor_row(row, lower, inverses)
         lower.append(factors)
         inverses.append(inverse)
-    step = bases_lib.solve(lower, inverses, pulls)
-    return ref + step[0], jnp.abs(coords + jnp.stack(step[1:]))
+    fitted = base + jnp.stack(bases_lib.solve(lower, inverses, list(entries)))
+    return jnp.append(fitted[:1], jnp.abs(fitted[1:]))

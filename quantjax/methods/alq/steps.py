@@ -10,13 +10,14 @@ coordinates, and minimises the quadratic model of the loss (eq. 10) over what it
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from quantjax.core import checks, qarray
+from quantjax.core import checks, order_statistics, qarray
 from quantjax.methods import amsgrad
 from quantjax.methods.alq import bases as bases_lib
 from quantjax.methods.alq.bases import Bases
@@ -243,26 +244,71 @@ def keep_largest(rises, masks, first, count):
       first: how many of each leaf's smallest come before all others.
       count: how many are removed; may be traced.
 
-    Nothing but the increments and masks leaves its device.
+    Of equal increments the first ones go. Found by counting: only counts leave their device.
     """
-    sizes = [mask.size for mask in masks]
-    rise = jnp.concatenate([r.reshape(-1) for r in rises])
-    alive = jnp.concatenate([mask.reshape(-1) for mask in masks])
-    places = lax.iota(jnp.int32, rise.size)
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    keys = [_descending(rise) for rise in rises]
+    early = [
+        smallest([key], [mask], jnp.asarray(number, jnp.int32))[0]
+        for key, mask, number in zip(keys, masks, first, strict=True)
+    ]
+    late = [mask & ~one for mask, one in zip(masks, early, strict=True)]
+    gone = smallest(keys, early, count)
+    more = smallest(keys, late, jnp.maximum(count - _count(early), 0))
+    return [mask & ~one & ~other for mask, one, other in zip(masks, gone, more, strict=True)]
 
-    def per_leaf(numbers):
-        numbers = zip(numbers, sizes, strict=True)
-        return jnp.concatenate([jnp.full((size,), n, jnp.int32) for n, size in numbers])
 
-    leaf, dead = per_leaf(range(len(sizes))), (~alive).astype(jnp.int32)
-    # Sorted by leaf, so a leaf's own ranks are the places less where the leaf starts.
-    _, dead, rise, index = lax.sort((leaf, dead, rise, places), num_keys=3)
-    late = (places - per_leaf(starts) >= per_leaf(first)).astype(jnp.int32)
-    index = lax.sort((dead, late, rise, index), num_keys=3)[3]
-    kept = jnp.zeros_like(alive).at[index].set(places >= count) & alive
-    parts = jnp.split(kept, starts[1:])
-    return [part.reshape(mask.shape) for part, mask in zip(parts, masks, strict=True)]
+def smallest(keys, masks, count):
+    """Returns the masks of the `count` largest keys where the masks are True, of equal ones the
+    first; all of them where there are fewer."""
+    dtype = keys[0].dtype
+    bits = 8 * dtype.itemsize
+    border = order_statistics.kth_largest(
+        lambda t: _count([mask & (key >= t) for key, mask in zip(keys, masks, strict=True)]),
+        count,
+        dtype,
+        bits=bits,
+    )
+    above = [mask & (key > border) for key, mask in zip(keys, masks, strict=True)]
+    equal = [mask & (key == border) for key, mask in zip(keys, masks, strict=True)]
+    # Places as keys, the first one the largest.
+    total, places = sum(mask.size for mask in masks), []
+    left = total
+    for mask in masks:
+        places.append(left - _places(mask.shape))
+        left -= mask.size
+    last = order_statistics.kth_largest(
+        lambda t: _count([one & (place >= t) for one, place in zip(equal, places, strict=True)]),
+        count - _count(above),
+        jnp.int32,
+        bits=(total + 1).bit_length(),
+    )
+    return [
+        one | (same & (place >= last))
+        for one, same, place in zip(above, equal, places, strict=True)
+    ]
+
+
+def _places(shape):
+    """Returns the index of every element, counted row by row."""
+    out = jnp.zeros(shape, jnp.int32)
+    for axis in range(len(shape)):
+        step = math.prod(shape[axis + 1 :])
+        out = out + step * lax.broadcasted_iota(jnp.int32, shape, axis)
+    return out
+
+
+def _count(masks):
+    return sum(jnp.count_nonzero(mask) for mask in masks).astype(jnp.int32)
+
+
+def _descending(x):
+    """Returns unsigned integers that are the larger the smaller x is; NaN is the largest x."""
+    x = jnp.where(x == 0, 0, jnp.where(jnp.isnan(x), jnp.inf, x))  # no negative zero
+    unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    bits = lax.bitcast_convert_type(x, unsigned)
+    sign = jnp.asarray(1 << (8 * x.dtype.itemsize - 1), unsigned)
+    # Negative numbers: the larger magnitude has the larger key; positive ones: the reverse.
+    return jnp.where(bits >= sign, bits, bits ^ (sign - 1))
 
 
 def straight_through(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from quantjax.core import paths, qarray, rounding
+from quantjax.core import meshes, paths, qarray, rounding
 from quantjax.core.quantizer import Quantizer, QuantState
 from quantjax.methods import amsgrad
 from quantjax.methods.alq import bases as bases_lib
@@ -84,6 +84,15 @@ def alq(
         raise ValueError("rate_scale must be a number; a schedule goes to optax.inject_hyperparams")
     for name, value in (("weight_decay", weight_decay), ("rate_scale", rate_scale)):
         amsgrad.check_not_negative(name, value)
+    # Those that are arrays go into the step as arguments, as meshes want it.
+    numbers = {
+        "rate_scale": rate_scale,
+        "weight_decay": weight_decay,
+        "preselect": preselect,
+        "b1": b1,
+        "b2": b2,
+        "eps": eps,
+    }
     kinds = [kind for kind in KINDS if any(phase.kind == kind for phase in schedule)]
     with_floats = any(kind in STRAIGHT_THROUGH for kind in kinds)
     ends = np.cumsum([phase.steps for phase in schedule]).astype(np.int32)
@@ -117,15 +126,16 @@ def alq(
             raise ValueError(f"the quantizer keeps no coords and mask for {lacking}")
         check_left(schedule, [leaf.mask for leaf in encoded.values()])
         found = {path: from_multi_bit(leaf) for path, leaf in encoded.items()}
-        moments = {path: steps.init_moments(leaf) for path, leaf in encoded.items()}
-        alive = sum(jnp.count_nonzero(bases.mask) for bases in found.values())
+        # Moments of the weights lie as the weights do.
+        wide = {path: jnp.zeros_like(flat[path], found[path].coords.dtype) for path in found}
+        alive = sum(jnp.count_nonzero(bases.mask) for bases in found.values()).astype(jnp.int32)
         return AlqState(
-            count=jnp.zeros((), jnp.int32),
-            began_with=alive.astype(jnp.int32),
+            count=jnp.zeros_like(alive),
+            began_with=alive,
             quant=_with_coords(quant, found),
             codes={path: bases.codes for path, bases in found.items()},
-            weights={path: mine.weights for path, mine in moments.items()},
-            coords={path: mine.coords for path, mine in moments.items()},
+            weights={path: amsgrad.zero_moments(zeros) for path, zeros in wide.items()},
+            coords={path: amsgrad.zero_moments(bases.coords) for path, bases in found.items()},
             floats=_floats(flat, found) if with_floats else {},
         )
 
@@ -136,6 +146,16 @@ def alq(
         weights, _ = paths.flatten(params)
         for what, tree in (("gradients", grads), ("params", weights)):
             _check_tree(what, tree, state)
+        # The quantizer's own checks of its state: shapes say how many slots it has.
+        jax.eval_shape(quantizer.apply, params, state.quant)
+        arrays = {name: x for name, x in numbers.items() if isinstance(x, jax.Array)}
+        updates, state = meshes.typed_as((weights, state), advance, arrays, grads, state, weights)
+        return rebuild(updates), state
+
+    def advance(arrays, grads, state, weights):
+        """Returns the updates and the next state, keyed by path."""
+        mine = numbers | arrays
+        b1, b2, eps = (mine[name] for name in ("b1", "b2", "eps"))
         phase = jnp.searchsorted(ends, state.count, side="right")
         phase = jnp.minimum(phase, len(schedule) - 1)
         now = {name: jnp.asarray(values)[phase] for name, values in table.items()}
@@ -143,7 +163,7 @@ def alq(
         alive = sum(jnp.count_nonzero(bases.mask) for bases in found.values()).astype(jnp.int32)
         done = state.count - now["start"]
         began_with = jnp.where(done == 0, alive, state.began_with)
-        descent = steps.Descent(now["rate"] * rate_scale, b1, b2, eps)
+        descent = steps.Descent(now["rate"] * mine["rate_scale"], b1, b2, eps)
 
         def restart(found):
             """Straight-through phases start from the values that the phase before them left."""
@@ -164,7 +184,7 @@ def alq(
 
         def coordinate(path, bases, moments, floats):
             del floats
-            return steps.move_coords(bases, grads[path], moments, descent, weight_decay)
+            return steps.move_coords(bases, grads[path], moments, descent, mine["weight_decay"])
 
         def prune(found, moments, floats):
             del floats
@@ -177,7 +197,7 @@ def alq(
                 [moments[path] for path in order],
                 descent._replace(learning_rate=now["rate"]),
                 count,
-                now["preselect"] if preselect is None else preselect,
+                now["preselect"] if mine["preselect"] is None else mine["preselect"],
             )
             new = dict(zip(order, new, strict=True))
             return new, dict(zip(order, moved, strict=True)), restart(new)
@@ -216,7 +236,7 @@ def alq(
             dtype = weights[path].dtype
             wide = rounding.work_dtype(dtype)
             updates[path] = (value.astype(wide) - weights[path].astype(wide)).astype(dtype)
-        return rebuild(updates), AlqState(
+        return updates, AlqState(
             count=optax.safe_increment(state.count),
             began_with=began_with,
             quant=_with_coords(state.quant, found),
@@ -268,7 +288,7 @@ def alq_params(opt_state, params):
     flat, rebuild = paths.flatten(params)
     mine = {path: leaf for path, leaf in flat.items() if path in state.codes}
     _check_tree("params", mine, state)
-    return rebuild({**flat, **_values(_bases(state), mine)})
+    return rebuild({**flat, **meshes.typed_as(mine, _values, _bases(state), mine)})
 
 
 def _check_tree(what, flat, state):

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from quantjax.core import checks, order_statistics, paths, qarray
-from quantjax.core.quantizer import Quantizer, leafwise
+from quantjax.core import checks, meshes, order_statistics, paths, qarray
+from quantjax.core.quantizer import Quantizer, described, keep, leafwise
 from quantjax.methods.fq import mixture as mixture_lib
 from quantjax.methods.fq import shift
 from quantjax.methods.fq.mixture import Mixture, assign, fit_mixture, separation
@@ -33,7 +33,11 @@ __all__ = [
 FEWEST = 16  # non-zero weights that a mixture is fitted to
 CANDIDATES = tuple(range(-3, 4))  # beside the overflow rule's bias, with bias="error"
 
+# What a fit writes into the buffers of a leaf.
+FITTED = ("component", "border", "inside", "mean", "std", "recentred", "bias")
 
+
+@described
 def focused(
     bits: int,
     *,
@@ -68,11 +72,11 @@ def focused(
       ValueError: an argument outside its range.
     """
     least = 2 if min_separation == np.inf else 3
-    checks.bits(bits, least, 8)
+    bits = checks.bits(bits, least, 8)
     if not min_separation >= 0:
         raise ValueError(f"min_separation must not be negative, got {min_separation!r}")
-    if refit_every is not None and not (isinstance(refit_every, int) and refit_every >= 1):
-        raise ValueError(f"refit_every must be a whole number of steps, got {refit_every!r}")
+    if refit_every is not None:
+        refit_every = checks.whole("refit_every", refit_every, 1)
     if bias not in ("overflow", "error"):
         raise ValueError(f'bias must be "overflow" or "error", got {bias!r}')
 
@@ -95,23 +99,33 @@ def focused(
             "wait": jnp.asarray(refit_every or 0, jnp.int32),
         }
 
-    base = leafwise(start, _apply, _encode)
+    def counted(leaf, learned, buffers, key):
+        del leaf, learned, key
+        return {**buffers, "count": buffers["count"] + 1}
+
+    def check(learned, buffers):
+        del learned
+        checks.width(checks.width_of_codes(buffers["limit"]), bits)
+
+    symbols = jax.jit(functools.partial(_symbols, bits=bits))
+
+    def encode(leaf, learned, buffers):
+        _check_fits(leaf, buffers)
+        codes, levels = meshes.shaped_as(leaf, symbols, leaf, learned["alpha"], buffers)
+        return qarray.Table(codes, levels, bits=bits, dtype=leaf.dtype)
+
+    base = leafwise(start, _apply, encode, counted, check=check)
 
     def init(params, key=None):
         state = base.init(params, key)
         leaves = paths.restrict(paths.flatten(params)[0], state.buffers)
-        fitted = fit(leaves, state.buffers, key)
+        one = jnp.zeros(())
+        like = {path: dict.fromkeys(FITTED, one) | {"component": x} for path, x in leaves.items()}
+        fitted = meshes.typed_as(like, fit, leaves, state.buffers, key)
         buffers = {path: mine | fitted[path] for path, mine in state.buffers.items()}
         return state._replace(buffers=buffers)
 
-    def update(params, state, *, key=None):
-        leaves = paths.restrict(paths.flatten(params)[0], state.buffers)
-        buffers = {
-            path: {**mine, "count": mine["count"] + 1} for path, mine in state.buffers.items()
-        }
-        # Leaves begin together, and their counts stay the same.
-        one = next(iter(buffers.values()))
-
+    def fit_when_due(leaves, buffers, key):
         def refit(buffers):
             out = {}
             for path, new in fit(leaves, buffers, key).items():
@@ -120,11 +134,17 @@ def focused(
                 out[path] = buffers[path] | new
             return out
 
-        due = one["count"] >= one["wait"]
-        return state._replace(buffers=lax.cond(due, refit, lambda old: old, buffers))
+        # Leaves begin together, and their counts stay the same.
+        one = next(iter(buffers.values()))
+        return lax.cond(one["count"] >= one["wait"], refit, lambda old: old, buffers)
 
-    moving = {} if refit_every is None else {"update": update}
-    return base._replace(init=init, **moving)
+    def update(params, state, *, key=None):
+        buffers = base.update(params, state, key=key).buffers
+        leaves = paths.restrict(paths.flatten(params)[0], buffers)
+        buffers = meshes.typed_as(buffers, fit_when_due, leaves, buffers, key)
+        return state._replace(buffers=buffers)
+
+    return base._replace(init=init, update=keep if refit_every is None else update)
 
 
 @jax.custom_jvp
@@ -149,15 +169,7 @@ def _apply(leaf, learned, buffers, key):
     return _quantize(leaf.astype(jnp.float32), learned["alpha"], buffers).astype(leaf.dtype)
 
 
-def _encode(leaf, learned, buffers):
-    _check_fits(leaf, buffers)
-    bits = int(np.max(buffers["limit"]) + 1).bit_length()
-    codes, levels = _symbols(leaf, learned["alpha"], buffers, bits)
-    return qarray.Table(codes, levels, bits=bits, dtype=leaf.dtype)
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def _symbols(leaf, alpha, buffers, bits):
+def _symbols(leaf, alpha, buffers, *, bits):
     """Returns the symbol of every weight and their levels: zero, then those of c- and of c+."""
     limit = buffers["limit"]
     choice, span = shift.choose(leaf, buffers), shift.exponents(buffers)

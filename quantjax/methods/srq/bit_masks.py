@@ -12,7 +12,7 @@ from quantjax.methods.srq.categories import Cells
 
 def bit_levels(bits: int) -> np.ndarray:
     """Returns int[2**bits]: 0 for the codes -1, 0, 1, k for those only in the (k+1)-bit grid."""
-    checks.bits(bits, most=8)
+    bits = checks.bits(bits, most=8)
     codes = np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
     # The (k+1)-bit grid is the first with -2**k <= n < 2**k.
     first = [(n if n >= 0 else -n - 1).bit_length() for n in codes.tolist()]
@@ -24,7 +24,7 @@ def end_pairs(bits: int) -> np.ndarray:
 
     Figure 3a: the outermost two codes share mask 1, the next two mask 2, and so on.
     """
-    checks.bits(bits, most=8)
+    bits = checks.bits(bits, most=8)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     codes = np.arange(low, high + 1)
     pairs = 1 + np.minimum(codes - low, high - codes)

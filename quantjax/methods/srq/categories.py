@@ -72,7 +72,8 @@ def masked_mode_estimate(t, s, cells: Cells, masks):
     t = _within_reach(t)
     near, code = _nearest(t, cells, masks), _largest(t, s, cells, masks)
     place = logistic_masses.place(t, s, near, holes=True)
-    borders = [logistic_masses.at(place, e) for e in (*(cells.low - 0.5), cells.high[-1] + 0.5)]
+    edges = [*(cells.low - 0.5).tolist(), float(cells.high[-1]) + 0.5]  # float64s would spread
+    borders = [logistic_masses.at(place, e) for e in edges]
     sizes = (cells.high - cells.low + 1).tolist()
     runs = [
         logistic_masses.mass(place, *ends, size)

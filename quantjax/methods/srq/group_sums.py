@@ -5,12 +5,18 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
+
+from quantjax.core import meshes
 
 CHUNK = 2**16  # elements of a part: the arrays of a computation on it stay in the cache
 
 
 def map_and_sum(fn, divisible: bool, *arrays):
-    """Returns fn(*arrays), part by part on the CPU where `divisible`.
+    """Returns fn(*arrays), part by part where `divisible` and one CPU is all there is.
+
+    Parts are a reshape, which would gather what several devices hold; under jit nobody can see
+    whether an array is one of these, so only their number tells.
 
     Args:
       fn: (*arrays) -> arrays of their shape. The first is returned as it is; the others are only
@@ -21,25 +27,37 @@ def map_and_sum(fn, divisible: bool, *arrays):
     shape, size = arrays[0].shape, arrays[0].size
     count = max(1, size // CHUNK)
     count = next((n for n in range(count, 2 * count) if size % n == 0), 1)
-    if count == 1 or not divisible:
+    if count == 1 or not divisible or not _one_cpu(arrays):
         return fn(*arrays)
 
-    def one_by_one(*arrays):
-        def body(sums, part):
-            first, *more = fn(*part)
-            return jax.tree.map(jnp.add, sums, more), first
+    def body(sums, part):
+        first, *more = fn(*part)
+        return jax.tree.map(jnp.add, sums, more), first
 
-        parts = [array.reshape(count, -1) for array in arrays]
-        results = jax.eval_shape(fn, *(part[0] for part in parts))[1:]
-        start = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in results]
-        sums, first = lax.scan(body, start, parts)
-        return first.reshape(shape), *(part.sum() for part in sums)
+    parts = [array.reshape(count, -1) for array in arrays]
+    results = jax.eval_shape(fn, *(part[0] for part in parts))[1:]
+    start = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in results]
+    sums, first = lax.scan(body, start, parts)
+    return first.reshape(shape), *(part.sum() for part in sums)
 
-    def at_once(*arrays):
-        first, *more = fn(*arrays)
-        return first, *(part.sum() for part in more)  # no reshape: x may be sharded
 
-    return lax.platform_dependent(*arrays, cpu=one_by_one, default=at_once)
+def _one_cpu(arrays):
+    # A mesh of one device may be Explicit, too, where reshapes raise.
+    mesh = meshes.explicit_mesh(arrays)
+    return jax.default_backend() == "cpu" and jax.device_count() == 1 and mesh is None
+
+
+def varying_alike(*arrays):
+    """Returns arrays that vary over the same axes of `jax.shard_map`, all else as they are.
+
+    The cotangents of a `custom_vjp` vary as all its inputs together do: those of an input that is
+    one on all devices are then summed over them, as for any other function.
+    """
+    if AxisType.Manual not in jax.sharding.get_abstract_mesh().axis_types:
+        return arrays
+    # An operation between two arrays varies as both.
+    zero = sum(jnp.zeros_like(array, shape=()) for array in arrays)
+    return tuple(array + zero.astype(array.dtype) for array in arrays)
 
 
 def sum_to(array, shape):

@@ -8,9 +8,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
-from quantjax.core import checks, qarray, rounding
-from quantjax.core.quantizer import InputQuantizer, Quantizer, QuantState, leafwise
+from quantjax.core import checks, passes, qarray, rounding
+from quantjax.core.quantizer import (
+    InputQuantizer,
+    Quantizer,
+    described,
+    inputwise,
+    leafwise,
+)
 from quantjax.methods.srq import categories, learned_grid
 
 
@@ -53,6 +60,7 @@ def annealed(start: float) -> Callable:
     return lambda step: jnp.maximum(0.5, start * jnp.exp(-(step // 1000) * 1000 / 100_000))
 
 
+@described
 def rq(
     bits: int, *, temperature=1.0, straight_through: bool = False, axes=None, biases: bool = False
 ) -> Quantizer:
@@ -62,16 +70,15 @@ def rq(
       bits: 1..8.
       temperature: tau > 0, or a schedule step -> tau such as `annealed(1.0)`; `update` counts.
       straight_through: `quantize_straight_through` in place of `quantize` (appendix E).
-      axes: the axes that share alpha and sigma, counted from the end, None (the whole leaf), or a
-        function (path, leaf) -> axes; biases have one step.
+      axes: what shares alpha and sigma, as in `uniform`; biases have one step.
       biases: also takes the bias beside every kernel.
 
     Learned are log_alpha, from the range of the weights, and log_sigma, alpha / 3 at first.
 
     Raises:
-      ValueError: bits, axes or temperature.
+      ValueError: bits, axes or temperature; a state of another width or quantizer.
     """
-    _check(bits, temperature)
+    bits = _check(bits, temperature)
     axes = checks.axes(axes)
 
     def init(path, leaf, key):
@@ -80,11 +87,8 @@ def rq(
         log_alpha = learned_grid.log_interval(
             x, checks.group_axes(axes, path, leaf), max(1, 2 ** (bits - 1) - 1)
         )
-        low, high = (
-            jnp.asarray(code, x.dtype) for code in (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        )
-        count = jnp.zeros((), jnp.int32)
-        return learned_grid.spread(log_alpha), {"low": low, "high": high, "count": count}
+        limits = learned_grid.limits(bits, x.dtype)
+        return learned_grid.spread(log_alpha), {**limits, "count": jnp.zeros((), jnp.int32)}
 
     def apply(leaf, learned, buffers, key):
         checks.fitting(learned["log_alpha"], leaf)
@@ -92,7 +96,7 @@ def rq(
 
     def encode(leaf, learned, buffers):
         alpha, _ = learned_grid.positive(learned)
-        x = leaf.astype(alpha.dtype)
+        x = leaf.astype(checks.fitting(alpha, leaf).dtype)
         codes = rounding.to_codes(x, alpha, buffers["low"], buffers["high"])
         codes = codes.astype(qarray.code_dtype(bits))
         return qarray.Grid(codes, alpha, bits=bits, dtype=leaf.dtype)
@@ -101,31 +105,48 @@ def rq(
         del leaf, learned, key
         return {**buffers, "count": optax.safe_increment(buffers["count"])}
 
-    return leafwise(init, apply, encode, update, biases=biases)
+    def check(learned, buffers):
+        if set(buffers) != {"low", "high", "count"} or set(learned) != {"log_alpha", "log_sigma"}:
+            raise ValueError(
+                f"the state was made by another quantizer: it has {sorted({*learned, *buffers})}"
+            )
+        checks.width(checks.width_of_codes(buffers["high"]), bits)
+
+    return leafwise(init, apply, encode, update, biases=biases, check=check)
 
 
+@described
 def rq_input(
-    bits: int, *, temperature=1.0, straight_through: bool = False, signed: bool | None = None
+    bits: int,
+    *,
+    temperature=1.0,
+    straight_through: bool = False,
+    signed: bool | None = None,
+    axis_name=None,
 ) -> InputQuantizer:
-    """Relaxed quantization of layer inputs; arguments as `rq`, and signed as in `srq_input`.
+    """Relaxed quantization of layer inputs; arguments as `rq`, the last two as in `srq_input`.
 
     Raises:
-      ValueError: bits or temperature.
+      ValueError: bits or temperature; a state of another width.
     """
-    _check(bits, temperature)
+    bits = _check(bits, temperature)
 
     def init(x):
-        learned, limits = learned_grid.fit_inputs(x, bits, signed)
-        return QuantState(learned, {**limits, "count": jnp.zeros((), jnp.int32)})
+        state = learned_grid.first_inputs(x, bits, signed, axis_name)
+        return state._replace(buffers={**state.buffers, "count": jnp.zeros((), jnp.int32)})
 
-    def apply(x, state, *, key=None, update=False):
+    def apply(x, state, key, update):
+        if not update:
+            return _apply(x, *state, key, bits, temperature, straight_through), state
+        state = learned_grid.more_inputs(lax.stop_gradient(x), state, bits, signed, axis_name)
+        count = state.buffers["count"]
+        moved = jnp.where(
+            state.buffers[passes.JOINS] == passes.NEW, optax.safe_increment(count), count
+        )
         x_hat = _apply(x, *state, key, bits, temperature, straight_through)
-        if update:
-            count = optax.safe_increment(state.buffers["count"])
-            state = state._replace(buffers={**state.buffers, "count": count})
-        return x_hat, state
+        return x_hat, state._replace(buffers={**state.buffers, "count": moved})
 
-    return InputQuantizer(init, apply)
+    return inputwise(init, apply, learned_grid.check_inputs(bits))
 
 
 def _apply(x, learned, buffers, key, bits, temperature, straight_through):
@@ -140,12 +161,12 @@ def _apply(x, learned, buffers, key, bits, temperature, straight_through):
 
 
 def _check(bits, temperature):
-    checks.bits(bits, most=8)
     checks.number("temperature", temperature, "positive", lambda t: t > 0)
+    return checks.bits(bits, most=8)
 
 
 def _sample(x, alpha, sigma, gumbel, bits, temperature, signed, straight_through):
-    _check(bits, temperature)
+    bits = _check(bits, temperature)
     x, gumbel = jnp.asarray(x), jnp.asarray(gumbel)
     if gumbel.shape != (*x.shape, 2**bits):
         raise ValueError(f"gumbel noise {gumbel.shape} for x {x.shape} at {bits} bits")

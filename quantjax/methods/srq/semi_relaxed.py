@@ -15,7 +15,14 @@ import numpy as np
 from jax import lax
 
 from quantjax.core import checks, qarray, rounding
-from quantjax.core.quantizer import InputQuantizer, Quantizer, QuantState, leafwise
+from quantjax.core.quantizer import (
+    InputQuantizer,
+    Quantizer,
+    QuantState,
+    described,
+    inputwise,
+    leafwise,
+)
 from quantjax.methods import hard_concrete
 from quantjax.methods.srq import bit_masks, categories, group_sums, learned_grid
 from quantjax.methods.srq.bit_masks import bit_levels, bit_penalty
@@ -35,7 +42,7 @@ ESTIMATORS = ("mode", "expectation")
 MASK_PROBABILITY, MASK_DEVIATION = 0.9, 0.01  # appendix F
 
 
-def quantize(x, alpha, sigma, *, bits, signed=True, masks=None, estimator="mode"):
+def quantize(x, alpha, sigma, *, bits, signed=True, masks=None, estimator="expectation"):
     """Returns x on the grid of interval alpha: the mode of its categories (eq. 3, algorithm 1).
 
     Args:
@@ -47,16 +54,19 @@ def quantize(x, alpha, sigma, *, bits, signed=True, masks=None, estimator="mode"
       masks: signed grids only, [*group, count], group broadcasting to x. Either bits - 1
         masks Z_1 .. Z_{bits-1} of the bit levels, or 2**(bits-1) - 1 masks of pairs of end points,
         from the outside in (figure 3).
-      estimator: "mode", eq. 3 as written, or "expectation": the gradient of sum_i r_i g_i. There
-        sigma below alpha / 100 counts as alpha / 100, and gives log sigma the gradient of that.
+      estimator: "expectation", the gradient of sum_i r_i g_i, or "mode", eq. 3 as written: that
+        is the level times the gradient of its share, and so never moves what rounds to zero. Under
+        "expectation" sigma below alpha / 100 counts as alpha / 100, and gives log sigma the
+        gradient of that.
 
-    The cotangent of a mask that is exactly 0 is 0.
+    The cotangent of a mask that is exactly 0 is 0. Gradients are of reverse mode only: `jax.jvp`,
+    `jax.jacfwd` and `jax.hessian` raise TypeError; `jax.vjp`, `jax.grad`, `jax.jacrev` work.
 
     Raises:
       ValueError: bits, estimator or the number of masks; alpha or sigma not positive; shapes
         larger than that of x.
     """
-    checks.bits(bits, most=8)
+    bits = checks.bits(bits, most=8)
     check_estimator(estimator)
     checks.number("alpha", alpha, "positive", lambda a: a > 0)
     checks.number("sigma", sigma, "positive", lambda s: s > 0)
@@ -77,6 +87,7 @@ def quantize(x, alpha, sigma, *, bits, signed=True, masks=None, estimator="mode"
     return on_masked_grid(x, alpha, sigma, masks, bits, estimator)
 
 
+@described
 def srq(
     bits: int,
     *,
@@ -84,7 +95,7 @@ def srq(
     learn_bits: bool = False,
     freeze_after: int | None = None,
     penalty: float = 1e-3,
-    estimator: str = "mode",
+    estimator: str = "expectation",
     axes=None,
     biases: bool = False,
     temperature: float = 0.2,
@@ -100,9 +111,10 @@ def srq(
         0.5 are dropped from the highest level down. Implies dropbits.
       freeze_after: number of updates after which the width is kept and the penalty ends.
       penalty: lambda of section 3.5, >= 0.
-      estimator: "mode" or "expectation", see `quantize`.
-      axes: the axes that share alpha and sigma, counted from the end, None (the whole leaf), or a
-        function (path, leaf) -> axes. Masks are always one set per leaf; biases have one step.
+      estimator: "expectation" or "mode", eq. 3 as written, see `quantize`. "mode" never moves what
+        rounds to zero: heads that start at zero, and with `biases` Flax's biases, stay 0 for ever.
+      axes: what shares alpha and sigma, as in `uniform`. Masks are always one set per leaf; biases
+        have one step.
       biases: also takes the bias beside every kernel.
       temperature, gamma, zeta: of the hard concrete masks.
 
@@ -112,9 +124,10 @@ def srq(
     rounded to the codes low .. high of its width, as algorithm 1 deploys it.
 
     Raises:
-      ValueError: an argument out of its range; a state whose width is out of range.
+      ValueError: an argument out of its range; a state of another width or quantizer; with
+        learn_bits, `encode` under jit.
     """
-    checks.bits(bits, most=8)
+    bits = checks.bits(bits, most=8)
     check_estimator(estimator)
     dropbits = dropbits or learn_bits
     if dropbits and bits < 2:
@@ -152,23 +165,27 @@ def srq(
         alpha, sigma = learned_grid.positive(learned)
         checks.fitting(alpha, leaf)
         if not dropbits or key is None:
-            _check_width(buffers, bits)
             return on_grid(leaf, alpha, sigma, buffers["low"], buffers["high"], estimator)
         return on_masked_grid(leaf, alpha, sigma, masks_of(learned, buffers, key), bits, estimator)
 
     def masks_of(learned, buffers, key):
         masks = hard_concrete.sample(key, _probabilities(learned), **shape)
         if learn_bits:
-            levels = 1 + jnp.arange(masks.size)
+            levels = 1 + jnp.arange(masks.size, dtype=buffers["width"].dtype)
             kept = ~_frozen(buffers) | (levels < buffers["width"])
             masks = jnp.where(kept, masks, 0)
         return masks
 
     def encode(leaf, learned, buffers):
-        _check_width(buffers, bits)
+        if learn_bits and not checks.is_concrete(buffers["high"]):
+            raise ValueError(
+                "a learned width decides the dtype of the codes, so `encode` with learn_bits looks "
+                "at it: call `encode` outside of jit and eval_shape"
+            )
         alpha, _ = learned_grid.positive(learned)
+        checks.fitting(alpha, leaf)
         codes = rounding.to_codes(leaf.astype(alpha.dtype), alpha, buffers["low"], buffers["high"])
-        width = int(buffers["high"]).bit_length() + 1
+        width = int(buffers["high"]).bit_length() + 1 if learn_bits else bits
         return qarray.Grid(
             codes.astype(qarray.code_dtype(width)), alpha, bits=width, dtype=leaf.dtype
         )
@@ -192,45 +209,60 @@ def srq(
         cost = penalty * bit_penalty(masks, _probabilities(learned), **shape)
         return jnp.where(_frozen(buffers), 0, cost)
 
-    return leafwise(init, apply, encode, update, price if learn_bits else None, biases=biases)
+    def check(learned, buffers):
+        names = {"low", "high"} | ({"width", "count", "freeze_after"} if learn_bits else set())
+        if set(buffers) != names:
+            raise ValueError(
+                f"the state was made by another quantizer: it has {sorted(buffers)}, "
+                f"srq(learn_bits={learn_bits}) has {sorted(names)}"
+            )
+        if dropbits:
+            checks.width(1 + learned["mask_logits"].shape[-1], bits)
+        if learn_bits:
+            checks.width(buffers["width"], bits, bits)
+        else:
+            checks.width(checks.width_of_codes(buffers["high"]), bits)
+
+    return leafwise(
+        init, apply, encode, update, price if learn_bits else None, biases=biases, check=check
+    )
 
 
-def srq_input(bits: int, *, signed: bool | None = None, estimator: str = "mode") -> InputQuantizer:
+@described
+def srq_input(
+    bits: int, *, signed: bool | None = None, estimator: str = "expectation", axis_name=None
+) -> InputQuantizer:
     """Semi-relaxed quantization of layer inputs, with a learned interval and spread per layer.
 
     Args:
       bits: 1..8.
       signed: codes -2**(bits-1) .. 2**(bits-1)-1 rather than 0 .. 2**bits-1; None: signed where
-        the first batch has negative values.
-      estimator: "mode" or "expectation", see `quantize`.
+        the first pass has negative values.
+      estimator: "expectation" or "mode", see `quantize`.
+      axis_name: of `pmap` or `shard_map`, over whose devices the first pass is fitted, too.
 
-    Learned are log_alpha and log_sigma, set by the first batch as `srq` sets them by the weights.
+    Learned are log_alpha and log_sigma, set by the first pass as `srq` sets them by the weights.
     The least input seen is kept: `summary` names layers whose signed grid meets no negative one.
+    NaN and infinity count for neither.
 
     Raises:
-      ValueError: bits or estimator.
+      ValueError: bits or estimator; a state of another width.
     """
-    checks.bits(bits, most=8)
+    bits = checks.bits(bits, most=8)
     check_estimator(estimator)
 
     def init(x):
-        learned, limits = learned_grid.fit_inputs(x, bits, signed)
-        return QuantState(learned, {**limits, "least": least(x)})
+        return learned_grid.first_inputs(x, bits, signed, axis_name)
 
-    def least(x):
-        return jnp.min(x, initial=jnp.inf).astype(rounding.work_dtype(x.dtype))
-
-    def apply(x, state, *, key=None, update=False):
+    def apply(x, state, key, update):
         del key
+        if update:
+            state = learned_grid.more_inputs(lax.stop_gradient(x), state, bits, signed, axis_name)
         alpha, sigma = learned_grid.positive(state.learned)
         low, high = state.buffers["low"], state.buffers["high"]
-        x_hat = on_grid(x, alpha, sigma, low, high, estimator)
-        if update:
-            seen = jnp.minimum(state.buffers["least"], least(lax.stop_gradient(x)))
-            state = state._replace(buffers={**state.buffers, "least": seen})
-        return x_hat, state
+        return on_grid(x, alpha, sigma, low, high, estimator), state
 
-    return InputQuantizer(init, apply)
+    return inputwise(init, apply, learned_grid.check_inputs(bits))
 
 
 def widths(state: QuantState) -> dict[str, int]:
@@ -272,13 +304,14 @@ def width_name(width: int) -> str:
 
 def on_grid(x, alpha, sigma, low, high, estimator, count=None):
     """As `quantize` without masks, on the codes low .. high; count: their number, where known."""
-    return _quantize(x, alpha, sigma, None, (low, high), count, estimator)
+    x, alpha, sigma, *ends = group_sums.varying_alike(x, alpha, sigma, low, high)
+    return _quantize(x, alpha, sigma, None, tuple(ends), count, estimator)
 
 
 def on_masked_grid(x, alpha, sigma, masks, bits, estimator):
     """As `quantize` with masks."""
     cells = bit_masks.cells(bits, masks.shape[-1] if masks.ndim else 0)
-    return _quantize(x, alpha, sigma, masks, None, cells, estimator)
+    return _quantize(*group_sums.varying_alike(x, alpha, sigma, masks), None, cells, estimator)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -376,8 +409,3 @@ def _limits(width, dtype):
 
 def _frozen(buffers):
     return buffers["count"] >= buffers["freeze_after"]
-
-
-def _check_width(buffers, bits):
-    width = buffers.get("width", bits)
-    checks.number("the state's width", width, f"in 1..{bits}", lambda w: (w >= 1) & (w <= bits))

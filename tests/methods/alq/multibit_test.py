@@ -299,7 +299,7 @@ def test_no_array_of_all_candidates_of_all_weights():
         (4, (-2, -2), 1, "repeated"),
         (4, -3, 1, "out of range"),
         (4, -2, 3, "do not divide"),
-        (4, -2, 0, "do not divide"),
+        (4, -2, 0, "blocks must be a whole number from 1"),
         (4, -2, 8, "groups of 1"),
     ],
 )
