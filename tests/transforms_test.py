@@ -1,6 +1,7 @@
 """What every optax transformation of the library must do. A new one is one line here."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +52,28 @@ TRANSFORMS = {
     "scaled before Adam": lambda: optax.chain(
         qj.scale_by_position(qj.uniform(4), strength=2.0), optax.adam(0.01)
     ),
+    "scale_by_position of a schedule": lambda: optax.chain(
+        qj.scale_by_position(qj.uniform(4), strength=optax.linear_schedule(1.0, 2.0, 10), eps=0.1),
+        optax.sgd(0.1),
+    ),
     "alq": alq_and_sgd,
 }
+# What costs too much for all tests: sharding alone.
+SHARDED = TRANSFORMS | {
+    f"scale_by_position toward {name}": functools.partial(
+        lambda make: qj.scale_by_position(make(), strength=2.0), make
+    )
+    for name, make in {
+        "multi_bit": lambda: qj.multi_bit(2, "channel"),
+        "surgery": lambda: qj.surgery(0.3, end=3),
+        "n_m": lambda: qj.n_m(2, 4, every=1),
+        "magnitude and focused": lambda: qj.chain(
+            qj.magnitude(0.5), qj.focused(4, min_separation=0.0, refit_every=1)
+        ),
+        "srq": lambda: qj.srq(3),
+    }.items()
+}
+SHARDED["projected_amsgrad"] = lambda: qj.projected_amsgrad(0.1, lambda point, metric: point)
 # Factories for inject_hyperparams: (factory, arguments).
 INJECTED = {
     "scale_by_position": (qj.scale_by_position, (qj.uniform(4),), {"strength": 2.0}),
@@ -216,28 +237,86 @@ def test_converges_on_a_toy_target(transform, loss):
     assert loss(params) < 0.2 * start
 
 
-@pytest.fixture
-def atol(request):
-    # An update of alq is a difference of weights, and as exact as they are.
-    return 1e-6 if "[alq]" in request.node.name else 1e-7
+MESHES = [pytest.param((4, 2), id="4x2")] + [
+    pytest.param(shape, marks=pytest.mark.slow, id="x".join(map(str, shape)))
+    for shape in ((8,), (2, 4), (1,))
+]
 
 
-def test_sharding_is_kept_on_eight_devices(transform, atol):
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
-    shardings = jax.tree.map(
-        lambda leaf: NamedSharding(mesh, P(*[None] * (leaf.ndim - 1), "d")), make_params()
-    )
-    params = jax.device_put(make_params(), shardings)
-    grads = jax.tree.map(jnp.cos, params)
-    state = transform.init(params)
-    compiled = jax.jit(transform.update).lower(grads, state, params).compile()
+def spread(tree, shape, kind):
+    """Lays leaves over a mesh, large ones over two axes where it has two, along the last ones."""
+    names = ("a", "b")[: len(shape)]
+    devices = jax.devices()[: math.prod(shape)]
+    mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(shape), devices=devices)
+
+    def place(leaf):
+        spec = [None] * leaf.ndim
+        spec[-1] = names[-1]
+        if leaf.ndim == 2 and len(names) == 2:
+            spec[-2] = names[0]
+        return jax.device_put(leaf, NamedSharding(mesh, P(*spec)))
+
+    return jax.tree.map(place, tree)
+
+
+def waves(tree, step):
+    return jax.tree.map(lambda leaf: jnp.cos(leaf + step), tree)
+
+
+def types(tree):
+    return [str(jax.typeof(leaf)) for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
+@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharding_is_kept_on_eight_devices(name, shape, kind):
+    transform, alone = SHARDED[name](), make_params()
+    params = spread(alone, shape, kind)
+    state, state_alone = transform.init(params), transform.init(alone)
+    update = jax.jit(transform.update)
+    compiled = update.lower(params, state, params).compile()
     assert "all-gather" not in compiled.as_text()
-    updates, _ = compiled(grads, state, params)
-    for leaf, sharding in zip(jax.tree.leaves(updates), jax.tree.leaves(shardings), strict=True):
-        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
-    alone, _ = jax.jit(transform.update)(
-        jax.tree.map(jnp.cos, make_params()), transform.init(make_params()), make_params()
-    )
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=atol), updates, alone
-    )
+    for step in range(2):
+        grads, grads_alone = (waves(tree, step) for tree in (params, alone))
+        updates, new = update(grads, state, params)
+        expected, state_alone = update(grads_alone, state_alone, alone)
+        if kind == AxisType.Explicit:
+            assert types(updates) == types(params)
+            assert types(new) == types(state)
+        for leaf, old in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
+            assert leaf.sharding.is_equivalent_to(old.sharding, old.ndim)
+        # An update of alq is a difference of weights, and as exact as they are.
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-6), updates, expected
+        )
+        state = new
+
+
+ALQ_KINDS = ("prune", "basis", "coordinate", "ste-loss-aware", "ste-reconstruction")
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
+@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_every_phase_of_alq_keeps_shardings(blocks, shape, kind):
+    alone = {name: {"kernel": make_params()[name]["kernel"]} for name in ("Conv_0", "Dense_0")}
+    schedule = [qj.Phase(name, 1, 1e-2, 0.6) for name in ALQ_KINDS]
+    blocks = 8 if blocks > 1 and shape == (8,) else blocks  # as many as devices, or a multiple
+    transform = qj.alq(qj.multi_bit(2, -2, blocks=blocks), schedule)
+    params = spread(alone, shape, kind)
+    state, state_alone = transform.init(params), transform.init(alone)
+    params, alone = qj.alq_params(state, params), qj.alq_params(state_alone, alone)
+    update = jax.jit(transform.update)
+    assert "all-gather" not in update.lower(params, state, params).compile().as_text()
+    before = types((params, state))
+    for step in range(len(schedule)):
+        grads, grads_alone = (waves(tree, step) for tree in (params, alone))
+        updates, state = update(grads, state, params)
+        expected, state_alone = update(grads_alone, state_alone, alone)
+        if kind == AxisType.Explicit:
+            assert types((updates, state)) == before
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-6), updates, expected)
+        params, alone = optax.apply_updates(params, updates), optax.apply_updates(alone, expected)
+    masks = (qj.alq_state(tree).buffers["Dense_0/kernel"]["mask"] for tree in (state, state_alone))
+    np.testing.assert_array_equal(*masks)

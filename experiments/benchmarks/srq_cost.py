@@ -74,9 +74,11 @@ def srq(estimator):
 def weight(bits, masked):
     """SRQ of a weight, with DropBits or without."""
     if not masked:
-        return lambda x, alpha, sigma, masks: semi_relaxed.quantize(x, alpha, sigma, bits=bits)
+        return lambda x, alpha, sigma, masks: semi_relaxed.quantize(
+            x, alpha, sigma, bits=bits, estimator="mode"
+        )
     return lambda x, alpha, sigma, masks: semi_relaxed.quantize(
-        x, alpha, sigma, bits=bits, masks=masks
+        x, alpha, sigma, bits=bits, masks=masks, estimator="mode"
     )
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import quantjax as qj
+from quantjax.core.quantizer import keep
 
 cheap = settings(derandomize=True, deadline=None, max_examples=100)
 FEW = st.sampled_from([0.0, -0.0, 0.25, -0.25, 1.0, -3.0, 1e-30])  # many ties
@@ -319,3 +320,121 @@ def test_errors_name_the_leaf():
         quantizer.apply(tree(normal(4, 5)), quantizer.init(params))
     with pytest.raises(ValueError, match=r"Dense_0/kernel: 1 of 16 values are NaN"):
         quantizer.encode(tree(normal(4, 4).at[0, 0].set(jnp.nan)), quantizer.init(params))
+
+
+PRUNERS = {
+    "magnitude": lambda: qj.magnitude(0.5),
+    "gradual": lambda: qj.magnitude(0.5, across=True, end=2, every=1),
+    "surgery": lambda: qj.surgery(0.5, end=3),
+    "n of m": lambda: qj.n_m(2, 4, every=1),
+    "pruned": lambda: qj.pruned({"Dense_0": {"kernel": np.arange(60).reshape(10, 6) % 3 == 0}}),
+}
+
+
+@pytest.fixture(params=PRUNERS)
+def pruner(request):
+    return PRUNERS[request.param]()
+
+
+def test_without_jit_all_is_the_same(pruner):
+    params = tree(normal(10, 6))
+
+    def run():
+        state = pruner.init(params)
+        moved = pruner.update(tree(normal(10, 6, seed=1)), state, key=jax.random.key(1))
+        return moved, pruner.apply(params, moved), pruner.encode(params, moved)
+
+    expected = run()
+    with jax.disable_jit():
+        actual = run()
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def test_encode_jits_and_has_an_abstract_form(pruner):
+    params = tree(normal(10, 6))
+    state = pruner.init(params)
+    expected = pruner.encode(params, state)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(pruner.encode)(params, state), expected)
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), expected)
+    abstract = jax.eval_shape(pruner.encode, params, state)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == shapes
+
+
+def test_the_state_of_another_quantizer_is_an_error_by_path(pruner):
+    params = tree(normal(10, 6))
+    state = qj.uniform(4).init(params)
+    moves = () if pruner.update is keep else (pruner.update,)
+    for call in (pruner.apply, pruner.encode, *moves):
+        with pytest.raises(ValueError, match=r"Dense_0/kernel: .*another quantizer"):
+            call(params, state)
+
+
+@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.int8])
+def test_leaves_that_are_no_floats_are_refused(pruner, dtype):
+    params = tree(jnp.ones((10, 6), dtype))
+    with pytest.raises(ValueError, match=f"Dense_0/kernel: .*{jnp.dtype(dtype)}"):
+        pruner.init(params)
+
+
+def test_a_kernel_added_after_init_is_an_error_but_for_named_masks():
+    params = tree(normal(10, 6))
+    grown = tree(normal(10, 6), normal(4, 4))
+    for name, make in PRUNERS.items():
+        quantizer = make()
+        state = quantizer.init(params)
+        for call in (quantizer.apply, quantizer.encode, quantizer.update):
+            if name == "pruned" or call is keep:
+                call(grown, state)
+            else:
+                with pytest.raises(ValueError, match=r"does not know \['Dense_1/kernel'\]"):
+                    call(grown, state)
+
+
+def test_numpy_integers_are_counts():
+    params = tree(normal(10, 6))
+    one = np.int64(1)
+    for quantizer in (
+        qj.magnitude(0.5, begin=np.int32(0), end=2 * one, every=one),
+        qj.surgery(0.5, end=3 * one, every=one),
+        qj.n_m(2 * one, 4 * one, axis=-2 * one, every=one),
+    ):
+        quantizer.update(params, quantizer.init(params))
+    for make in (
+        lambda: qj.n_m(True, 4),
+        lambda: qj.n_m(1.0, 4),
+        lambda: qj.magnitude(0.5, every=True),
+    ):
+        with pytest.raises(ValueError, match="must be a whole number from"):
+            make()
+
+
+def test_masks_lie_as_their_leaves_do():
+    mesh = jax.make_mesh((4, 2), ("a", "b"))  # Explicit
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a", "b"))
+    w = normal(32, 24)
+    params = tree(jax.device_put(w, place))
+    for masks in (np.asarray(w) > 0, w > 0, params["Dense_0"]["kernel"] > 0):
+        quantizer = qj.pruned({"Dense_0": {"kernel": masks}})
+        mask = quantizer.init(params).buffers["Dense_0/kernel"]["mask"]
+        assert str(jax.typeof(mask)) == "bool[32@a,24@b]"
+        np.testing.assert_array_equal(mask, np.asarray(w) > 0)
+
+
+@pytest.mark.parametrize("m", [3, 4, 16])
+def test_groups_that_straddle_devices_are_not_gathered(m):
+    mesh = jax.make_mesh((4, 2), ("a", "b"))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a", "b"))
+    w = normal(24, 6)
+    params = tree(jax.device_put(w, place))
+    quantizer = qj.n_m(2, m, every=1)
+    state = quantizer.init(params)
+    compiled = jax.jit(quantizer.update).lower(params, state).compile()
+    assert "all-gather" not in compiled.as_text()
+    np.testing.assert_array_equal(
+        mask_of(compiled(params, state)), mask_of(quantizer.init(tree(w)))
+    )
+
+
+def test_quantizers_say_what_they_are():
+    assert repr(qj.magnitude(0.25)) == "magnitude(0.25)"
+    assert qj.n_m(2, 4).apply.__name__ == "n_m(2, 4).apply"

@@ -362,3 +362,79 @@ def test_appendix_f_descent_never_increases_a_convex_loss(seed, size, bits, eps)
             assert f(moved) - f(x) <= np.sum((s**2 - 2 * s) * grad**2) / (2 * L) + slack
             assert f(moved) <= f(x) + slack
             x = moved
+
+
+# Schedules of the strength, and states that are not the target's
+
+
+@pytest.mark.parametrize("by_pattern", [False, True])
+def test_a_schedule_of_the_strength_counts_its_own_steps(by_pattern):
+    params = make_params()
+    grads = grads_like(params)
+    schedule = optax.piecewise_constant_schedule(2.0, {2: 5.0})
+    strength = {"Dense_0": schedule, ".*": 3.0} if by_pattern else schedule
+    transform = qj.scale_by_position(qj.uniform(4), strength=strength)
+    one = qj.scale_by_position(qj.uniform(4), strength=1.0)
+    expected, _ = jax.jit(one.update)(grads, one.init(params), params)
+    state, update = transform.init(params), jax.jit(transform.update)
+    assert state.count.dtype == jnp.int32
+    for step in range(4):
+        assert int(state.count) == step
+        scaled, state = update(grads, state, params)
+        now = 2.0 if step < 2 else 10.0
+        others = 3.0 if by_pattern else now
+        for layer, value in (("Dense_0", now), ("Conv_0", others), ("Dense_1", others)):
+            np.testing.assert_allclose(
+                scaled[layer]["kernel"], value * expected[layer]["kernel"], rtol=1e-5, atol=1e-6
+            )
+            np.testing.assert_array_equal(scaled[layer]["bias"], grads[layer]["bias"])
+
+
+def test_psg_and_inject_hyperparams_take_a_schedule_of_the_strength():
+    params = make_params()
+    grads = grads_like(params)
+
+    def schedule(step):
+        return 1.0 + step
+
+    direct = qj.psg(0.1, qj.uniform(4), strength=schedule)
+    injected = optax.inject_hyperparams(qj.psg)(0.1, qj.uniform(4), strength=schedule)
+    states = direct.init(params), injected.init(params)
+    assert "strength" in states[1].hyperparams
+    for _ in range(3):
+        first, a = jax.jit(direct.update)(grads, states[0], params)
+        second, b = jax.jit(injected.update)(grads, states[1], params)
+        states = a, b
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-8), first, second
+        )
+
+
+@pytest.mark.parametrize(
+    "make", [qj.uniform, lambda bits: qj.multi_bit(bits, -2), qj.focused, qj.srq]
+)
+def test_a_state_of_another_width_is_an_error(make):
+    params = {"Dense_0": {"kernel": make_params()["Dense_0"]["kernel"]}}
+    wide = qj.scale_by_position(make(6), strength=1.0).init(params)
+    with pytest.raises(ValueError, match=r"Dense_0/kernel: the state has 6 bits.*4"):
+        qj.scale_by_position(make(4), strength=1.0).update(params, wide, params)
+
+
+def test_psg_of_a_state_of_another_width_is_an_error():
+    params = make_params()
+    state = qj.psg(0.1, qj.uniform(8), strength=1.0).init(params)
+    with pytest.raises(ValueError, match="the state has 8 bits, the quantizer 4"):
+        qj.psg(0.1, qj.uniform(4), strength=1.0).update(params, state, params)
+
+
+@pytest.mark.parametrize("make", [lambda: qj.uniform(4), qj.zero, lambda: qj.magnitude(0.5)])
+def test_a_kernel_added_after_init_is_an_error(make):
+    params = make_params()
+    transform = qj.scale_by_position(make(), strength=1.0)
+    state = transform.init(params)
+    grown = {**params, "Dense_9": params["Dense_0"]}
+    with pytest.raises(ValueError, match=r"does not know.*Dense_9/kernel"):
+        transform.update(grown, state, grown)
+    with_bias = {**params, "Norm": {"scale": jnp.ones(3)}}  # no weight: nobody's
+    updates, _ = transform.update(with_bias, state, with_bias)
+    assert updates["Norm"]["scale"] is with_bias["Norm"]["scale"]
