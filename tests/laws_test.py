@@ -51,8 +51,7 @@ QUANTIZERS = {
     "l0": lambda: l0(1e-3, prob=0.6),
     "pruned": lambda: qj.pruned({"Dense_0": {"kernel": PARAMS["Dense_0"]["kernel"] > 0}}),
 }
-# Grids fixed by the state, whose levels are the grid: applying twice changes nothing.
-IDEMPOTENT = set(QUANTIZERS) - {"l0"}  # its gates are fractions, too
+CHANGING = {"l0"}  # gates are fractions, too: applying twice is another thing than once
 PARAMS = testing.make_params()
 # Scanned layers beside attention, whose heads stand before or after what a kernel sums over.
 LAYERS = {"Blocks": 1}
@@ -75,7 +74,6 @@ ALL = {name: (make, testing.make_params) for name, make in QUANTIZERS.items()} |
     f"stacked, {name}": (make, lambda dtype=jnp.float32: testing.make_params(dtype, layers=2))
     for name, make in STACKED.items()
 }
-both_kinds = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 
 
 @pytest.fixture(params=ALL)
@@ -93,21 +91,15 @@ def params_of(name):
     return ALL[name][1]
 
 
+# Laws that share compiled programs share a test; what fails says which law it is.
 @pytest.mark.parametrize("dtype", testing.DTYPES)
-def test_law_1_what_you_train_is_what_you_ship(quantizer, params_of, dtype):
-    testing.law_1_what_you_train_is_what_you_ship(quantizer, params_of(dtype))
-
-
-@pytest.mark.parametrize("dtype", testing.DTYPES)
-def test_law_2_applying_twice_changes_nothing(name, quantizer, params_of, dtype):
-    if name not in IDEMPOTENT and name in QUANTIZERS:
-        pytest.skip("levels depend on what is quantized")
-    testing.law_2_applying_twice_changes_nothing(quantizer, params_of(dtype))
-
-
-@pytest.mark.parametrize("dtype", testing.DTYPES)
-def test_law_3_the_tree_is_kept(quantizer, params_of, dtype):
-    testing.law_3_the_tree_is_kept(quantizer, params_of(dtype))
+def test_laws_1_to_3(name, quantizer, params_of, dtype):
+    params = params_of(dtype)
+    updates = testing.STEPS if dtype == jnp.float32 else 0
+    testing.law_1_what_you_train_is_what_you_ship(quantizer, params, updates=updates)
+    if name not in CHANGING:
+        testing.law_2_applying_twice_changes_nothing(quantizer, params)
+    testing.law_3_the_tree_is_kept(quantizer, params)
 
 
 def test_law_4_gradients_are_finite(quantizer, params_of):
@@ -126,13 +118,13 @@ def test_law_4_vmap_over_a_leading_axis(quantizer, params_of):
     testing.law_4_vmap_over_a_leading_axis(quantizer, params_of())
 
 
-@both_kinds
-def test_law_5_shardings_are_kept(quantizer, params_of, kind, quick_programs):
-    testing.law_5_shardings_are_kept(quantizer, params_of(), kind)
+def test_law_5_shardings_are_kept(quantizer, params_of, quick_programs):
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        testing.law_5_shardings_are_kept(quantizer, params_of(), kind)
 
 
 @pytest.mark.slow
-@both_kinds
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize("shape", [(8, 1), (1, 8), (2, 4), (1, 1)])
 @pytest.mark.parametrize("size", ["small", "large"])
 def test_law_5_on_other_meshes_and_large_leaves(quantizer, params_of, kind, shape, size):
@@ -144,11 +136,8 @@ def test_law_5_on_other_meshes_and_large_leaves(quantizer, params_of, kind, shap
     testing.law_5_shardings_are_kept(quantizer, params, kind, shape)
 
 
-def test_law_6_nbits_is_what_storage_writes(quantizer, params_of):
+def test_laws_6_and_7(quantizer, params_of, quick_programs):
     testing.law_6_nbits_is_what_storage_writes(quantizer, params_of())
-
-
-def test_law_7_update_keeps_the_state_and_compiles_once(quantizer, params_of):
     testing.law_7_update_keeps_the_state_and_compiles_once(quantizer, params_of())
 
 

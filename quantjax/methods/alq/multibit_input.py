@@ -9,7 +9,7 @@ from quantjax.core.quantizer import InputQuantizer, QuantState, described, input
 from quantjax.methods.alq import bases as bases_lib
 
 FIRST_FITS = 10  # alternations of levels and least squares in the first pass
-CELLS = 16  # of the first pass's histogram, for every level
+CELLS = 64  # of the first pass's histogram, for every level; with 16 the alternations stall
 
 
 @described
