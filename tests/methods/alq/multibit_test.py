@@ -333,3 +333,109 @@ def test_bad_state_and_data():
     with pytest.raises(ValueError, match="tol"):
         qj.sketch(jnp.ones((8, 4)), 2, -2, tol=1.0)
     assert multibit.TOLERANCE == 1e-6
+
+
+# Axes by name, widths, abstract values, meshes
+
+
+def kernels():
+    rng = np.random.default_rng(0)
+    return {
+        "Conv_0": {"kernel": jnp.asarray(rng.normal(size=(3, 3, 2, 4)), jnp.float32)},
+        "Embed_0": {"embedding": jnp.asarray(rng.normal(size=(5, 6)), jnp.float32)},
+        "query": {"kernel": jnp.asarray(rng.normal(size=(8, 2, 4)), jnp.float32)},
+    }
+
+
+@pytest.mark.parametrize(
+    ("axes", "groups"),
+    [
+        ("channel", [(1, 1, 1, 4), (5, 1), (1, 1, 4)]),
+        ("tensor", [(1, 1, 1, 1), (1, 1), (1, 1, 1)]),
+        (None, [(1, 1, 1, 1), (1, 1), (1, 1, 1)]),
+        ((-2,), [(3, 3, 1, 4), (1, 6), (8, 1, 4)]),
+        (np.int64(-2), [(3, 3, 1, 4), (1, 6), (8, 1, 4)]),
+        ({"query": -3, ".*kernel": "channel"}, [(1, 1, 1, 4), (1, 1), (1, 2, 4)]),
+        (lambda path, leaf: -3 if path.startswith("query") else "channel",
+         [(1, 1, 1, 4), (5, 1), (1, 2, 4)]),
+    ],
+)
+def test_groups_are_named_by_axes(axes, groups):
+    params = kernels()
+    quantizer = qj.multi_bit(np.int64(2), axes)
+    state = quantizer.init(params)
+    for mine, group in zip(state.buffers.values(), groups, strict=True):
+        assert mine["coords"].shape == (*group, 2)
+    decoded = qj.decode(quantizer.encode(params, state))
+    jax.tree.map(np.testing.assert_array_equal, decoded, quick.jit(quantizer.apply)(params, state))
+
+
+@pytest.mark.parametrize("axes", ["channel", {".*": -2}, lambda path, leaf: -2, None])
+def test_blocks_need_plain_axes(axes):
+    with pytest.raises(ValueError, match="blocks need plain axes"):
+        qj.multi_bit(2, axes, blocks=2)
+
+
+def test_names_that_are_none_and_groups_of_one():
+    with pytest.raises(ValueError, match="'tensor' or 'channel', got 'rows'"):
+        qj.multi_bit(2, "rows")
+    with pytest.raises(ValueError, match="counted from the end"):
+        qj.sketch(jnp.ones((4, 4)), 2, "channel")
+    with pytest.raises(ValueError, match=r"Dense_0/kernel: groups of 1 elements"):
+        qj.multi_bit(2, "channel").init({"Dense_0": {"kernel": jnp.ones((1, 4))}})
+
+
+@pytest.mark.parametrize("bits", [1, 3])
+def test_a_state_of_another_width_is_an_error(bits):
+    params = kernels()
+    quantizer = qj.multi_bit(2, "channel")
+    state = qj.multi_bit(bits, "channel").init(params)
+    for call in (quantizer.apply, quantizer.encode, quantizer.update):
+        for fn in (call, jax.jit(call)):  # how many slots there are is no number but a shape
+            with pytest.raises(ValueError, match=f"Conv_0/kernel: the state has {bits} bits.* 2"):
+                fn(params, state)
+        with pytest.raises(ValueError, match=r"Conv_0/kernel: .*another quantizer"):
+            call(params, qj.uniform(2).init(params))
+
+
+@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.int8])
+def test_kernels_that_are_no_floats_are_refused(dtype):
+    params = {"Dense_0": {"kernel": jnp.ones((4, 4), dtype)}}
+    with pytest.raises(ValueError, match=f"Dense_0/kernel: .*{jnp.dtype(dtype)}"):
+        qj.multi_bit(2, "channel").init(params)
+    with pytest.raises(ValueError, match=f"a sketch needs floats, got {jnp.dtype(dtype)}"):
+        qj.sketch(params["Dense_0"]["kernel"], 2, -2)
+
+
+def test_encode_jits_and_has_an_abstract_form():
+    params = kernels()
+    quantizer = qj.multi_bit(2, "channel")
+    state = quantizer.init(params)
+    eager = quantizer.encode(params, state)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(quantizer.encode)(params, state), eager)
+    abstract = jax.eval_shape(quantizer.encode, params, state)
+    assert jax.tree.structure(abstract) == jax.tree.structure(eager)
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_sketch_and_encode_on_an_explicit_mesh(blocks):
+    mesh = jax.make_mesh((4, 2), ("a", "b"))
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(16, 6)), jnp.float32)
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a", "b"))
+    spread = jax.device_put(w, place)
+    view = "4@a,4,6@b" if blocks > 1 else "16@a,6@b"
+    group = "4@a,1,6@b" if blocks > 1 else "1,6@b"
+    mb = qj.sketch(spread, 2, -2, blocks=blocks)
+    assert str(jax.typeof(mb.basis)) == f"int8[{view},2]"
+    assert str(jax.typeof(mb.coords)) == f"float32[{group},2]"
+    alone = qj.sketch(w, 2, -2, blocks=blocks)
+    np.testing.assert_array_equal(mb.basis, alone.basis)
+    np.testing.assert_allclose(mb.coords, alone.coords, rtol=1e-5)
+    quantizer = qj.multi_bit(2, -2, blocks=blocks)
+    state = quantizer.init({"kernel": spread})
+    assert str(jax.typeof(state.buffers["kernel"]["coords"])) == f"float32[{group},2]"
+    moved = quick.jit(quantizer.update)({"kernel": spread}, state)
+    encoded = quantizer.encode({"kernel": spread}, moved)["kernel"]
+    assert str(jax.typeof(encoded.basis)) == f"int8[{view},2]"
+    applied = quick.jit(quantizer.apply)({"kernel": spread}, moved)["kernel"]
+    np.testing.assert_array_equal(jax.device_get(encoded).decode(), applied)

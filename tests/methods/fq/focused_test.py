@@ -475,3 +475,86 @@ def test_five_bits_cost_a_trained_layer_little():
     )
     out = np.float64(quantizer.apply(params, state)["Dense_0"]["kernel"])
     assert np.sum((out - kept) ** 2) < 0.01 * np.sum(kept**2)
+
+
+# States, abstract values, without jit
+
+
+def two_layers():
+    rng = np.random.default_rng(0)
+    return {
+        f"Dense_{i}": {"kernel": jnp.asarray(rng.normal(size=(12, 6)), jnp.float32)}
+        for i in range(2)
+    }
+
+
+@pytest.mark.parametrize("bits", [3, 6])
+def test_a_state_of_another_width_or_quantizer_is_an_error(bits):
+    params = two_layers()
+    quantizer = qj.focused(4, refit_every=1)
+    state = qj.focused(bits).init(params)
+    for call in (quantizer.apply, quantizer.encode, quantizer.update):
+        with pytest.raises(ValueError, match=f"Dense_0/kernel: the state has {bits} bits.* 4"):
+            call(params, state)
+        with pytest.raises(ValueError, match=r"Dense_0/kernel: .*another quantizer"):
+            call(params, qj.magnitude(0.5).init(params))
+
+
+def test_a_kernel_added_after_init_is_an_error():
+    params = two_layers()
+    quantizer = qj.focused(4, refit_every=1)
+    state = quantizer.init({"Dense_0": params["Dense_0"]})
+    for call in (quantizer.apply, quantizer.encode, quantizer.update):
+        with pytest.raises(ValueError, match=r"does not know \['Dense_1/kernel'\]"):
+            call(params, state)
+
+
+@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.int8])
+def test_kernels_that_are_no_floats_are_refused(dtype):
+    with pytest.raises(ValueError, match=f"Dense_0/kernel: .*{jnp.dtype(dtype)}"):
+        qj.focused(4).init({"Dense_0": {"kernel": jnp.ones((4, 4), dtype)}})
+
+
+def test_encode_jits_and_has_an_abstract_form():
+    params = two_layers()
+    quantizer = qj.focused(np.int64(4), min_separation=0.0, refit_every=np.int32(2))
+    state = quantizer.init(params)
+    eager = quantizer.encode(params, state)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(quantizer.encode)(params, state), eager)
+    abstract = jax.eval_shape(quantizer.encode, params, state)
+    assert jax.tree.structure(abstract) == jax.tree.structure(eager)
+    assert abstract["Dense_0"]["kernel"].bits == 4
+
+
+@pytest.mark.parametrize("bias", ["overflow", "error"])
+def test_without_jit_all_is_the_same(bias):
+    params = {"Dense_0": two_layers()["Dense_0"]}
+    quantizer = qj.focused(4, min_separation=math.inf, refit_every=1, bias=bias)
+
+    def run():
+        state = quantizer.update(params, quantizer.init(params), key=jax.random.key(1))
+        return state, quantizer.apply(params, state), qj.decode(quantizer.encode(params, state))
+
+    expected = run()
+    with jax.disable_jit():
+        actual = run()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), actual, expected)
+
+
+def test_fit_and_encode_on_an_explicit_mesh():
+    mesh = jax.make_mesh((4, 2), ("a", "b"))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a", "b"))
+    alone = {"kernel": two_layers()["Dense_0"]["kernel"]}
+    params = jax.device_put(alone, place)
+    quantizer = qj.focused(4, min_separation=0.0)
+    key = jax.random.key(0)
+    state = quantizer.init(params, key)
+    assert str(jax.typeof(state.buffers["kernel"]["component"])) == "int8[12@a,6@b]"
+    expected = quantizer.init(alone, key)
+    np.testing.assert_array_equal(
+        *(each.buffers["kernel"]["component"] for each in (state, expected))
+    )
+    encoded = quantizer.encode(params, state)["kernel"]
+    assert str(jax.typeof(encoded.codes)) == "uint8[12@a,6@b]"
+    applied = jax.jit(quantizer.apply)(params, state)["kernel"]
+    np.testing.assert_array_equal(jax.device_get(encoded).decode(), applied)
