@@ -296,10 +296,18 @@ def test_sharding_is_kept_on_eight_devices(name, shape, kind):
 ALQ_KINDS = ("prune", "basis", "coordinate", "ste-loss-aware", "ste-reconstruction")
 
 
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
 @pytest.mark.parametrize("shape", MESHES)
-@pytest.mark.parametrize("blocks", [1, 4])
-def test_every_phase_of_alq_keeps_shardings(blocks, shape, kind):
+@pytest.mark.parametrize(
+    ("kind", "blocks"),
+    [
+        (AxisType.Explicit, 1),
+        (AxisType.Explicit, 4),
+        (AxisType.Auto, 1),
+        pytest.param(AxisType.Auto, 4, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_every_phase_of_alq_keeps_shardings(shape, kind, blocks):
     alone = {name: {"kernel": make_params()[name]["kernel"]} for name in ("Conv_0", "Dense_0")}
     schedule = [qj.Phase(name, 1, 1e-2, 0.6) for name in ALQ_KINDS]
     blocks = 8 if blocks > 1 and shape == (8,) else blocks  # as many as devices, or a multiple

@@ -46,6 +46,17 @@ def test_gradients_are_those_of_the_formula(u, prob):
             assert float(got) == pytest.approx((right - left) / (2 * h), rel=2e-3, abs=1e-4)
 
 
+def test_forward_mode_is_reverse_mode():
+    u, prob = jnp.asarray([0.3, 0.5, 0.999]), jnp.asarray([0.6, 0.4, 0.9])
+    fn = hard_concrete.from_uniform
+    forward, reverse = (
+        jax.jit(jac(fn, argnums=(0, 1)))(u, prob) for jac in (jax.jacfwd, jax.jacrev)
+    )
+    assert np.any(np.asarray(forward) != 0)
+    for a, b in zip(forward, reverse, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
 def test_ends_of_the_uniform_numbers_have_finite_gradients():
     u = jnp.asarray([0.0, 1.0])
     values, pull = jax.vjp(hard_concrete.from_uniform, u, jnp.asarray([0.3, 0.3]))

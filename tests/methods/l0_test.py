@@ -73,6 +73,20 @@ def test_training_shuts_the_gates_of_weights_that_do_not_matter():
     np.testing.assert_allclose(out[0, [0, 2]], [2.0, -1.5], atol=0.1)
 
 
+def test_gates_of_other_leaves_and_states_of_others():
+    quantizer, params = l0(0.5), tree(np.ones((3, 4)))
+    for shape in ((1, 4), (4, 3), (3, 1)):  # the first would broadcast
+        state = quantizer.init(tree(np.ones(shape)))
+        for run in (quantizer.apply, quantizer.encode):
+            with pytest.raises(ValueError, match=f"{PATH}: the state was made for another tree"):
+                run(params, state)
+    with pytest.raises(ValueError, match=f"{PATH}: .*another quantizer"):
+        quantizer.encode(params, qj.uniform(4).init(params))
+    with pytest.raises(ValueError, match=f"{PATH}: .*another quantizer"):
+        qj.uniform(4).encode(params, quantizer.init(params))
+    assert repr(quantizer) == "l0(0.5)"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

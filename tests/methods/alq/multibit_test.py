@@ -318,9 +318,12 @@ def test_bad_state_and_data():
     for strange in (jnp.ones((8, 4), int), jnp.ones((8, 0))):
         with pytest.raises(ValueError, match="needs floats"):
             qj.sketch(strange, 2, -2)
-    for axes in (None, 1.0, np.int64(-2)):
+    for axes in (1, (), (-2, 1)):
         with pytest.raises(ValueError, match="counted from the end"):
             qj.multi_bit(2, axes)
+    for axes in (None, 1.0, "channel"):
+        with pytest.raises(ValueError, match="counted from the end"):
+            qj.sketch(jnp.ones((8, 4)), 2, axes)
     with pytest.raises(ValueError, match="NaN"):
         qj.sketch(jnp.full((8, 4), jnp.nan), 2, -2)
     with pytest.raises(ValueError, match=r"kernel: .*NaN"):
@@ -356,8 +359,10 @@ def kernels():
         ((-2,), [(3, 3, 1, 4), (1, 6), (8, 1, 4)]),
         (np.int64(-2), [(3, 3, 1, 4), (1, 6), (8, 1, 4)]),
         ({"query": -3, ".*kernel": "channel"}, [(1, 1, 1, 4), (1, 1), (1, 2, 4)]),
-        (lambda path, leaf: -3 if path.startswith("query") else "channel",
-         [(1, 1, 1, 4), (5, 1), (1, 2, 4)]),
+        (
+            lambda path, leaf: -3 if path.startswith("query") else "channel",
+            [(1, 1, 1, 4), (5, 1), (1, 2, 4)],
+        ),
     ],
 )
 def test_groups_are_named_by_axes(axes, groups):

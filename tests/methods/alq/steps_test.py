@@ -223,3 +223,36 @@ def test_prune_step_says_how_many_are_left():
     for preselect in (0.0, 1.5):
         with pytest.raises(ValueError, match="share"):
             steps.prune_step(*arguments, count=1, preselect=preselect)
+
+
+def removed(rises, masks, first, count):
+    """By sorting: a leaf's own smallest first, then by the rise, then by the place."""
+    order = []
+    for leaf, (rise, mask) in enumerate(zip(rises, masks, strict=True)):
+        alive = [(r, i) for i, (r, m) in enumerate(zip(rise.flat, mask.flat, strict=True)) if m]
+        for place, (r, i) in enumerate(sorted(alive)):
+            order.append((place >= first[leaf], r, leaf, i))
+    gone = sorted(order)[:count]
+    left = [mask.copy() for mask in masks]
+    for _, _, leaf, i in gone:
+        left[leaf].flat[i] = False
+    return left
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_least_increments_go_and_of_equal_ones_the_first(seed):
+    rng = np.random.default_rng(seed)
+    shapes = [(3, 1, 2), (5, 4), (7,)]
+    few = np.asarray([-2.0, -0.0, 0.0, 1e-30, 0.5, np.inf], np.float32)  # many ties
+    rises = [
+        rng.choice(few, shape) if seed % 2 else rng.normal(size=shape).astype(np.float32)
+        for shape in shapes
+    ]
+    masks = [rng.random(shape) < 0.8 for shape in shapes]
+    alive = sum(mask.sum() for mask in masks)
+    keep = jax.jit(steps.keep_largest)
+    for first in ([0, 0, 0], [2, 1, 3], [99, 99, 99]):
+        for count in (0, 1, 4, 9, int(alive) - 1):
+            kept = keep(rises, masks, [float(n) for n in first], count)
+            for mask, expected in zip(kept, removed(rises, masks, first, count), strict=True):
+                np.testing.assert_array_equal(mask, expected)

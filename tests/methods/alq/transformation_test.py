@@ -265,6 +265,42 @@ def test_rounds_follow_appendix_c():
     )
 
 
+def test_a_state_of_another_width_is_an_error():
+    params = {"kernel": make_params()["Dense_0"]["kernel"]}
+    schedule = [qj.Phase("basis", 3, 0.05)]
+    state = qj.alq(qj.multi_bit(3, -2), schedule).init(params)
+    tx = qj.alq(qj.multi_bit(2, -2), schedule)
+    for update in (tx.update, jax.jit(tx.update)):
+        with pytest.raises(ValueError, match=r"kernel: the state has 3 bits, the quantizer 2"):
+            update(params, state, params)
+    with pytest.raises(ValueError, match=r"kernel: the state has 3 bits, the quantizer 2"):
+        qj.multi_bit(2, -2).encode(params, qj.alq_state(state))
+
+
+@pytest.mark.parametrize("name", ["rate_scale", "weight_decay", "b1", "eps", "preselect"])
+def test_numbers_that_are_arrays_on_an_explicit_mesh(name):
+    """As inject_hyperparams gives them."""
+    mesh = jax.make_mesh((4, 2), ("a", "b"))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a", "b"))
+    params = {"kernel": jax.device_put(make_weights((16, 6)), place)}
+    schedule = (qj.Phase("coordinate", 1, 0.05), qj.Phase("prune", 1, 1e-3, 0.5))
+    make = optax.inject_hyperparams(qj.alq, static_args=("quantizer", "schedule"))
+    value = {"rate_scale": 0.5, "weight_decay": 0.1, "b1": 0.8, "eps": 1e-4, "preselect": 0.7}[name]
+    moves = []
+    for tx in (
+        make(qj.multi_bit(2, -2), schedule, **{name: value}),
+        qj.alq(qj.multi_bit(2, -2), schedule, **{name: value}),
+    ):
+        state = tx.init(params)
+        now = qj.alq_params(state, params)
+        for _ in range(2):
+            updates, state = quick.jit(tx.update)(params, state, now)
+            now = optax.apply_updates(now, updates)
+        moves.append(now)
+    np.testing.assert_allclose(moves[0]["kernel"], moves[1]["kernel"], atol=1e-5)
+    assert str(jax.typeof(moves[0]["kernel"])) == "float32[16@a,6@b]"
+
+
 def bad(kind="basis", count=1, rate=0.1, keep=1.0):
     return [qj.Phase(kind, count, rate, keep)]
 
@@ -344,7 +380,7 @@ def test_bad_trees():
 
 
 @pytest.mark.parametrize("spec", [(None, "d"), ("d", None)])
-def test_only_increments_are_gathered_over_devices(spec):
+def test_nothing_is_gathered_over_devices(spec):
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
     params = {"kernel": jax.device_put(make_weights((64, 16)), place)}
@@ -352,11 +388,7 @@ def test_only_increments_are_gathered_over_devices(spec):
     tx = qj.alq(qj.multi_bit(2, -2), [qj.Phase(kind, 3, 1e-3, 0.5) for kind in kinds])
     state = tx.init(params)
     compiled = quick.jit(tx.update).lower(params, state, params).compile()
-    text = compiled.as_text()
-    gathered = [line for line in text.splitlines() if " all-gather(" in line]
-    for line in gathered:
-        shape = line.split("[")[1].split("]")[0].split(",")
-        assert np.prod([int(n) for n in shape]) <= 16 * 2, line
+    assert "all-gather" not in compiled.as_text()
     alone = jax.tree.map(np.asarray, params)
     moved, _ = compiled(params, state, params)
     assert moved["kernel"].sharding.is_equivalent_to(place, 2)

@@ -429,7 +429,9 @@ def test_sixteen_weights_of_both_signs_are_recentred():
 
 def test_nan_is_not_hidden():
     w = sparse(*BIG).at[0, 0].set(jnp.nan)
-    quantizer, state = fitted(w)
+    quantizer, state = fitted(sparse(*BIG))
+    with pytest.raises(ValueError, match=f"{PATH}: 1 of 4800 values are NaN"):
+        quantizer.init(tree(w))
     out = np.asarray(quantizer.apply(tree(w), state)["Dense_0"]["kernel"])
     assert np.isnan(out[0, 0])
     assert np.isfinite(out).sum() == 4799
