@@ -310,7 +310,6 @@ ALQ_KINDS = ("prune", "basis", "coordinate", "ste-loss-aware", "ste-reconstructi
 def test_every_phase_of_alq_keeps_shardings(shape, kind, blocks):
     alone = {name: {"kernel": make_params()[name]["kernel"]} for name in ("Conv_0", "Dense_0")}
     schedule = [qj.Phase(name, 1, 1e-2, 0.6) for name in ALQ_KINDS]
-    blocks = 8 if blocks > 1 and shape == (8,) else blocks  # as many as devices, or a multiple
     transform = qj.alq(qj.multi_bit(2, -2, blocks=blocks), schedule)
     params = spread(alone, shape, kind)
     state, state_alone = transform.init(params), transform.init(alone)
