@@ -332,7 +332,9 @@ def _close(what, found, expected, tolerance=1e-5):
             np.testing.assert_array_equal(a, b, f"law 5: {what} {key_path}")
         else:
             a, b = a.astype(np.float64), b.astype(np.float64)
-            np.testing.assert_allclose(a, b, tolerance, 0.1 * tolerance, err_msg=f"law 5: {what} {key_path}")
+            np.testing.assert_allclose(
+                a, b, tolerance, 0.1 * tolerance, err_msg=f"law 5: {what} {key_path}"
+            )
 
 
 def _types(tree):
