@@ -1,6 +1,5 @@
 """Which input quantizer takes which layer: what `linen` and `nnx` have in common."""
 
-import contextlib
 from collections.abc import Iterable, Mapping
 
 import jax.numpy as jnp
@@ -55,15 +54,6 @@ def as_float(x, dtype):
     """Returns floats as they are, anything else as an array of `dtype`."""
     x = jnp.asarray(x)
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
-
-
-@contextlib.contextmanager
-def at(path: str):
-    """Errors inside name the layer."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def refuse(number: int, bad: Mapping):

@@ -16,7 +16,7 @@ from jax import lax
 
 from quantjax import inputs
 from quantjax.core import passes
-from quantjax.core.quantizer import InputQuantizer, QuantState
+from quantjax.core.quantizer import InputQuantizer, QuantState, at
 
 LAYERS = (nnx.Conv, nnx.ConvTranspose, nnx.Linear, nnx.LinearGeneral)
 
@@ -68,7 +68,7 @@ class ActQuant(nnx.Module):
             *({name: var[...] for name, var in d.items()} for d in (self.learned, self.buffers))
         )
         key = None if self.deterministic or self.rngs is None else self.rngs()
-        with inputs.at(self.path or "the model itself"):
+        with at(self.path or "the model itself"):
             x_hat, state = self.quantizer.apply(x, state, key=key, update=update)
         buffers = state.buffers
         if self.in_pass and (fitting or update):
@@ -93,7 +93,7 @@ class ActQuant(nnx.Module):
                 f"{path}: the input quantizer is not fitted; call "
                 "quantjax.nnx.calibrate(model, batch) once, outside of jit"
             )
-        with inputs.at(path):
+        with at(path):
             learned, buffers = self.quantizer.init(lax.stop_gradient(x))
         self.learned.update({name: QuantParam(value) for name, value in learned.items()})
         self.buffers.update({name: QuantStat(value) for name, value in buffers.items()})

@@ -13,7 +13,8 @@ from quantjax.lab.deploy import Deployed, deploy
 from quantjax.lab.methods import MASK_RATE, faster_masks
 from quantjax.lab.recipes import Context
 from quantjax.lab.train import engine
-from quantjax.methods.srq.semi_relaxed import srq, srq_input, width_name, widths, with_widths
+from quantjax.methods.srq import widths
+from quantjax.methods.srq.semi_relaxed import srq, srq_input
 
 
 class Grids(NamedTuple):
@@ -55,7 +56,7 @@ class Grids(NamedTuple):
         shipped = deploy(state.variables, quantizer, state.state)
         evaluate = engine.make_evaluate(self.task, inputs)
         accuracy = evaluate(shipped.variables, self.task.dataset.test).accuracy
-        return Trained(round(100 - accuracy, 2), widths(state.state), state, shipped)
+        return Trained(round(100 - accuracy, 2), widths.of_state(state.state), state, shipped)
 
     def learned(
         self,
@@ -99,7 +100,7 @@ class Grids(NamedTuple):
 
         def init(params, key=None):
             state = quantizer.init(params, key)
-            return with_widths(state, bits, chosen or dict.fromkeys(state.buffers, bits))
+            return widths.at_widths(state, bits, chosen or dict.fromkeys(state.buffers, bits))
 
         inputs = srq_input(bits, estimator="expectation")
         name = f"fixed, {bits}, {estimator}"
@@ -150,7 +151,7 @@ class Trained(NamedTuple):
     @property
     def named_widths(self) -> str:
         """As in the paper's tables: 3/2/3/3 or 2/2/2/T."""
-        return "/".join(map(width_name, self.widths.values()))
+        return "/".join(map(widths.name, self.widths.values()))
 
     def row(self, name: str, bits: int, seed: int) -> dict:
         """Returns the row of a record; `bits` are those of the layers' inputs."""

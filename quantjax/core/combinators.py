@@ -89,7 +89,7 @@ def partition(quantizers: Mapping[str, Quantizer | None]) -> Quantizer:
 
     def penalty(state, *, key=None):
         terms = [quantizer.penalty(part, key=key) for _, quantizer, part in members(state)]
-        return sum(terms, start=jnp.zeros(()))
+        return sum(terms, start=jnp.zeros((), jnp.float32))
 
     return Quantizer(init, apply, encode, update, penalty)
 
@@ -185,7 +185,7 @@ def chain(*quantizers: Quantizer) -> Quantizer:
             quantizer.penalty(member(state, index), key=member_key(key, index))
             for index, quantizer in enumerate(quantizers)
         ]
-        return sum(terms, start=jnp.zeros(()))
+        return sum(terms, start=jnp.zeros((), jnp.float32))
 
     return Quantizer(init, apply, encode, update, penalty)
 

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from quantjax.core import checks, meshes
@@ -27,7 +28,7 @@ def keep(params, state: QuantState, *, key=None) -> QuantState:
 def no_penalty(state: QuantState, *, key=None):
     """The `penalty` of quantizers that add nothing to the loss."""
     del state, key
-    return jnp.zeros(())
+    return jnp.zeros((), jnp.float32)  # in x64 mode, too: the loss keeps its dtype
 
 
 class Quantizer(NamedTuple):
@@ -71,8 +72,8 @@ def described(factory: Callable) -> Callable:
     @functools.wraps(factory)
     def make(*args, **kwargs):
         made = factory(*args, **kwargs)
-        told = [repr(value) for value in args]
-        told += [f"{name}={value!r}" for name, value in kwargs.items()]
+        told = [_told(value) for value in args]
+        told += [f"{name}={_told(value)}" for name, value in kwargs.items()]
         text = f"{factory.__name__}({', '.join(told)})"
         fields = {
             name: _named(fn, f"{text}.{name}", HELP[type(made), name])
@@ -82,6 +83,17 @@ def described(factory: Callable) -> Callable:
         return made._replace(**fields)
 
     return make
+
+
+def _told(value) -> str:
+    """Returns a value as text, arrays by dtype and shape."""
+    if not any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(value)):
+        return repr(value)
+
+    def short(leaf):
+        return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else leaf
+
+    return repr(jax.tree.map(short, value))
 
 
 def _named(fn, name, doc):
@@ -148,7 +160,7 @@ def leafwise(
         learned, buffers = {}, {}
         for path in mine:
             leaf = flat[path]
-            with _at(path):
+            with at(path):
                 _check_leaf(leaf)
                 fn = functools.partial(init, path)
                 found, buffers[path] = meshes.shaped_as(
@@ -169,7 +181,7 @@ def leafwise(
             )
         out = {}
         for path, leaf in leaves.items():
-            with _at(path):
+            with at(path):
                 mine, buffers = state.learned.get(path, {}), state.buffers[path]
                 if check is not None:
                     check(mine, buffers)
@@ -199,13 +211,12 @@ def leafwise(
         return state._replace(buffers=over(params, state, one)[0])
 
     def penalty_tree(state, *, key=None):
-        total = jnp.zeros(())
+        total = jnp.zeros((), jnp.float32)
         for path, buffers in state.buffers.items():
             mine = state.learned.get(path, {})
-            with _at(path):
-                total += meshes.typed_as(
-                    jnp.zeros(()), penalty, mine, buffers, paths_lib.leaf_key(key, path)
-                )
+            with at(path):
+                mine_key = paths_lib.leaf_key(key, path)
+                total += meshes.typed_as(total, penalty, mine, buffers, mine_key)
         return total
 
     return Quantizer(
@@ -238,7 +249,7 @@ def inputwise(init: Callable, apply: Callable, check: Callable | None = None) ->
 
     def apply_input(x, state, *, key=None, update=False):
         _check_input(x)
-        with _at(None):
+        with at(None):
             if check is not None:
                 check(*state)
             return meshes.typed_as((x, state), moving if update else still, x, state, key)
@@ -314,7 +325,7 @@ def restricted(state: QuantState, wanted) -> QuantState:
 
 
 @contextlib.contextmanager
-def _at(path: str | None):
+def at(path: str | None):
     """Errors inside name the path; a name that the state lacks is another quantizer's state."""
     where = f"{path}: " if path else ""
     try:

@@ -126,7 +126,7 @@ def stacked(quantizer: Quantizer, axes: Mapping[str, int]) -> Quantizer:
         return over(params, state, one)[1]()
 
     def penalty(state, *, key=None):
-        total = jnp.zeros(())
+        total = jnp.zeros((), jnp.float32)
         firsts = {
             path: jax.tree.leaves((state.learned.get(path), state.buffers.get(path)))[:1]
             for path in owned_paths(state)

@@ -13,7 +13,7 @@ from jax import lax
 
 from quantjax import inputs
 from quantjax.core import passes
-from quantjax.core.quantizer import QuantState
+from quantjax.core.quantizer import QuantState, at
 
 LEARNED, BUFFERS = COLLECTIONS = ("quant", "quant_stats")
 RNG_STREAM = "quant"
@@ -215,7 +215,7 @@ def _at_recurrence(loops, seen, takes):
 def _quantize(quantizer, module, path, loops, x):
     """Quantizes one layer's input, with the state in the layer's own scope."""
     scope, path = module.scope, path or "the model itself"
-    with inputs.at(path):
+    with at(path):
         names = dict(zip(COLLECTIONS, jax.eval_shape(quantizer.init, x), strict=True))
     missing = [
         (collection, name)
@@ -230,7 +230,7 @@ def _quantize(quantizer, module, path, loops, x):
             *({name: scope.get_variable(c, name) for name in names[c]} for c in COLLECTIONS)
         )
         update = scope.is_mutable_collection(BUFFERS)
-        with inputs.at(path):
+        with at(path):
             x_hat, state = quantizer.apply(x, state, key=key, update=update)
         if update:
             _write(scope, BUFFERS, passes.called(state.buffers))
@@ -251,7 +251,7 @@ def _quantize(quantizer, module, path, loops, x):
             "written here. Fit it with `_, quant = apply(variables, batch, mutable="
             f"{list(COLLECTIONS)})`, then call `apply({{**variables, **quant}}, batch)`. {lifted}"
         )
-    with inputs.at(path):
+    with at(path):
         state = quantizer.init(lax.stop_gradient(x))
     _write(scope, LEARNED, state.learned)
     _write(scope, BUFFERS, passes.called(state.buffers, fitting=True))

@@ -19,13 +19,19 @@ from quantjax.core.quantizer import (
 
 
 def symmetric_step(w, bits: int, axes=None):
-    """Returns max|w| / (2**(bits-1) - 1) over `axes` (None: all), dims kept, in float32 or wider.
+    """Returns max|w| / (2**(bits-1) - 1) over `axes`, dims kept, in float32 or wider.
+
+    Args:
+      w: floats, a kernel to axes by name.
+      bits: 2..16.
+      axes: None or "tensor" (all), "channel" (all but the last), or counted from the end.
 
     Raises:
-      ValueError: bits outside 2..16, or axes not counted from the end.
+      ValueError: bits or axes out of range.
     """
-    checks.bits(bits, 2)
-    largest = jnp.max(jnp.abs(w), axis=checks.axes(axes), keepdims=True)
+    bits = checks.bits(bits, 2)
+    axes = checks.group_axes(checks.axes(axes), "kernel", w)
+    largest = jnp.max(jnp.abs(w), axis=axes, keepdims=True)
     return largest.astype(rounding.work_dtype(w.dtype)) / (2 ** (bits - 1) - 1)
 
 
@@ -42,7 +48,7 @@ def nearest(x, step, *, bits: int, signed: bool = True, narrow: bool = False):
     Raises:
       ValueError: bits outside their range, or narrow without signed.
     """
-    checks.bits(bits, 2 if narrow else 1)
+    bits = checks.bits(bits, 2 if narrow else 1)
     if narrow and not signed:
         raise ValueError("narrow=True needs signed=True: an unsigned grid has no lowest level")
     x = jnp.asarray(x)

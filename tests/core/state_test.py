@@ -215,4 +215,18 @@ def test_help_and_repr_say_what_it_is():
     made = [qj.focused(4), qj.magnitude(0.5), qj.surgery(0.5, end=3), qj.n_m(2, 4), qj.zero()]
     for one in (*made, qj.rq(3), qj.multi_bit(2, -2), qj.rq_input(3), qj.multi_bit_input(2)):
         assert re.match(r"\w+\(.*\)$", repr(one)), one
+    masks = {"Dense_0": {"kernel": np.ones((6, 4), bool)}}
+    assert repr(qj.pruned(masks)) == "pruned({'Dense_0': {'kernel': 'bool[6, 4]'}})"
+    by_path = qj.partition({"b": qj.zero(), "a": None})
+    assert repr(by_path) == "partition({'b': zero(), 'a': None})"  # patterns in their order
     assert "Quantizer(init=" in repr(quantizer._replace(init=lambda params, key=None: None))
+
+
+@pytest.mark.parametrize("name", ["uniform", "dropbits", "chain", "partition", "stacked"])
+def test_a_float32_loss_stays_float32_in_x64_mode(name):
+    params = make_params()
+    with jax.enable_x64(True):
+        quantizer = {**FIXED, "dropbits": lambda: qj.srq(4, learn_bits=True)}[name]()
+        state = quantizer.init(params)
+        for key in (None, jax.random.key(0)):
+            assert quantizer.penalty(state, key=key).dtype == jnp.float32

@@ -257,6 +257,14 @@ def test_axes_that_do_not_fit_a_leaf_name_it(axes, message):
         qj.uniform(4, axes=axes).init(params_of(normal(2, 3)))
 
 
+def test_the_step_takes_axes_by_name():
+    w = normal(3, 4, 5)
+    np.testing.assert_array_equal(
+        qj.symmetric_step(w, np.int8(8), "channel"), qj.symmetric_step(w, 8, (-3, -2))
+    )
+    np.testing.assert_array_equal(qj.symmetric_step(w, 4, "tensor"), qj.symmetric_step(w, 4))
+
+
 # zero
 
 

@@ -127,7 +127,8 @@ def _nearest(x, ref, coords):
 @_nearest.defjvp
 def _nearest_jvp(primals, tangents):
     x, ref, coords = primals
-    inside = jnp.abs(x - ref) <= jnp.sum(coords)
+    reach = jnp.sum(coords)
+    inside = rounding.within(x, ref - reach, ref + reach)
     return _nearest(x, ref, coords), jnp.where(inside, tangents[0], 0)
 
 

@@ -7,7 +7,6 @@ the probabilities by hard concrete masks, one for each bit level of the grid.
 
 import functools
 import math
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +17,12 @@ from quantjax.core import checks, qarray, rounding
 from quantjax.core.quantizer import (
     InputQuantizer,
     Quantizer,
-    QuantState,
     described,
     inputwise,
     leafwise,
 )
 from quantjax.methods import hard_concrete
-from quantjax.methods.srq import bit_masks, categories, group_sums, learned_grid
+from quantjax.methods.srq import bit_masks, categories, group_sums, learned_grid, widths
 from quantjax.methods.srq.bit_masks import bit_levels, bit_penalty
 
 __all__ = [
@@ -33,9 +31,6 @@ __all__ = [
     "quantize",
     "srq",
     "srq_input",
-    "width_name",
-    "widths",
-    "with_widths",
 ]
 
 ESTIMATORS = ("mode", "expectation")
@@ -197,7 +192,7 @@ def srq(
         kept = _probabilities(learned) >= 0.5
         width = 1 + jnp.max(jnp.where(kept, 1 + jnp.arange(kept.size), 0))
         width = jnp.where(_frozen(buffers), buffers["width"], width).astype(jnp.int32)
-        low, high = _limits(width, buffers["low"].dtype)
+        low, high = widths.limits(width, buffers["low"].dtype)
         count = jnp.minimum(buffers["count"], buffers["freeze_after"] - 1) + 1
         return {**buffers, "width": width, "low": low, "high": high, "count": count}
 
@@ -263,43 +258,6 @@ def srq_input(
         return on_grid(x, alpha, sigma, low, high, estimator), state
 
     return inputwise(init, apply, learned_grid.check_inputs(bits))
-
-
-def widths(state: QuantState) -> dict[str, int]:
-    """Returns the bit-width of every leaf by path; 1 is ternary, see `width_name`."""
-    return {
-        path: int(buffers.get("width", int(buffers["high"]).bit_length() + 1))
-        for path, buffers in state.buffers.items()
-    }
-
-
-def with_widths(state: QuantState, bits: int, widths: Mapping[str, int]) -> QuantState:
-    """Returns the first state of `srq(bits, learn_bits=True)` at other widths; 1 is ternary.
-
-    Grids become coarser, so that they reach as far. With `freeze_after=0` the widths stay: the
-    twin of a network whose widths were learned.
-
-    Raises:
-      ValueError: a width outside 1..bits; a path without a width, or without a learned one.
-    """
-    if sorted(widths) != sorted(path for path in state.buffers if "width" in state.buffers[path]):
-        raise ValueError(f"widths of {sorted(widths)} for a state of {sorted(state.buffers)}")
-    learned, buffers = {}, {}
-    for path, width in widths.items():
-        checks.number(f"{path}: width", width, f"in 1..{bits}", lambda w: (w >= 1) & (w <= bits))
-        mine = state.buffers[path]
-        low, high = _limits(jnp.asarray(width), mine["low"].dtype)
-        finer = jnp.log(mine["high"] / high)
-        grid = {name: state.learned[path][name] + finer for name in ("log_alpha", "log_sigma")}
-        learned[path] = {**state.learned[path], **grid}
-        width = jnp.asarray(width, mine["width"].dtype)
-        buffers[path] = {**mine, "width": width, "low": low, "high": high}
-    return QuantState(learned, buffers)
-
-
-def width_name(width: int) -> str:
-    """Returns a width as the paper's tables have it: T for ternary."""
-    return "T" if width == 1 else str(width)
 
 
 def on_grid(x, alpha, sigma, low, high, estimator, count=None):
@@ -399,12 +357,6 @@ def check_estimator(estimator):
 def _probabilities(learned):
     edge = jnp.finfo(learned["mask_logits"].dtype).eps
     return jnp.clip(jax.nn.sigmoid(learned["mask_logits"]), edge, 1 - edge)
-
-
-def _limits(width, dtype):
-    """The lowest and the highest code of a width; 1 is ternary, -1 .. 1."""
-    half = 2 ** (width - 1).astype(dtype)
-    return jnp.where(width == 1, -1, -half), jnp.where(width == 1, 1, half - 1)
 
 
 def _frozen(buffers):

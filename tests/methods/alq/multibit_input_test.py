@@ -80,6 +80,20 @@ def test_gradient_is_straight_through_between_the_outermost_levels(fitted):
     np.testing.assert_array_equal(gradient, [0, 1, 1, 1, 0, 0])
 
 
+def test_the_outermost_levels_themselves_have_a_gradient(fitted):
+    quantizer, state = fitted
+    rng = np.random.default_rng(0)
+    ref = jnp.asarray(rng.normal(size=200), jnp.float32)
+    coords = jnp.asarray(rng.uniform(0.01, 2, size=(200, 2)), jnp.float32)
+
+    def gradient(ref, coords):
+        mine = state._replace(buffers={**state.buffers, "ref": ref, "coords": coords})
+        ends = ref + jnp.asarray([-1.0, 1.0]) * jnp.sum(coords)
+        return jax.grad(lambda x: jnp.sum(quantizer.apply(x, mine)[0]))(ends)
+
+    assert bool(jnp.all(quick.jit(jax.vmap(gradient))(ref, coords) == 1))
+
+
 def test_reference_moves_into_the_bias(fitted):
     quantizer, state = fitted
     x_hat, _ = quantizer.apply(relu_batch(3), state)

@@ -10,7 +10,7 @@ import pytest
 
 import quantjax as qj
 from quantjax.methods import hard_concrete
-from quantjax.methods.srq import semi_relaxed
+from quantjax.methods.srq import semi_relaxed, widths
 from tests import quick
 
 PATH = "Dense_0/kernel"
@@ -143,14 +143,14 @@ def test_update_writes_the_width(probs, width):
     params = dense_grid(4)
     quantizer = qj.srq(4, learn_bits=True)
     state = quantizer.update(params, at(quantizer.init(params), probs=probs))
-    assert semi_relaxed.widths(state) == {PATH: width}
+    assert widths.of_state(state) == {PATH: width}
     shipped = of(quantizer.apply(params, state))
     low, high = (-1, 1) if width == 1 else (-(2 ** (width - 1)), 2 ** (width - 1) - 1)
     np.testing.assert_array_equal(np.unique(shipped), np.arange(low, high + 1))
     encoded = quantizer.encode(params, state)["Dense_0"]["kernel"]
     np.testing.assert_array_equal(encoded.decode(), shipped)
     assert encoded.bits == max(2, width)
-    assert [semi_relaxed.width_name(w) for w in (1, 2, 3)] == ["T", "2", "3"]
+    assert [widths.name(w) for w in (1, 2, 3)] == ["T", "2", "3"]
 
 
 def test_the_width_is_frozen_after_so_many_updates():
@@ -165,7 +165,7 @@ def test_the_width_is_frozen_after_so_many_updates():
     state = at(state, probs=[0.1, 0.99, 0.99])
     for _ in range(3):  # nothing that is learned now moves the width
         state = update(params, state)
-    assert semi_relaxed.widths(state) == {PATH: 3}
+    assert widths.of_state(state) == {PATH: 3}
     for k in range(20):
         assert set(np.unique(of(apply(params, state, key=jax.random.key(k))))) <= set(range(-4, 4))
 
@@ -176,9 +176,9 @@ def test_the_twin_of_learned_widths():
     params = dense_grid(4)
     first = quantizer.init(params)
     for width, most in ((1, 1), (2, 1), (3, 3), (4, 7)):
-        state = semi_relaxed.with_widths(first, 4, {PATH: width})
+        state = widths.at_widths(first, 4, {PATH: width})
         state = quantizer.update(params, state)
-        assert semi_relaxed.widths(state) == {PATH: width}
+        assert widths.of_state(state) == {PATH: width}
         grids = [np.exp(s.learned[PATH]["log_alpha"]).item() for s in (first, state)]
         assert grids[1] * most == pytest.approx(grids[0] * 7, rel=1e-5)
         assert float(quantizer.penalty(state, key=jax.random.key(0))) == 0
@@ -189,11 +189,11 @@ def test_the_twin_of_learned_widths():
         assert codes[0] <= np.round(noisy).min()
         assert np.round(noisy).max() <= codes[-1]
     with pytest.raises(ValueError, match=rf"{PATH}: width must be in 1\.\.4, got 5"):
-        semi_relaxed.with_widths(first, 4, {PATH: 5})
+        widths.at_widths(first, 4, {PATH: 5})
     with pytest.raises(ValueError, match="widths of"):
-        semi_relaxed.with_widths(first, 4, {"Dense_1/kernel": 2})
+        widths.at_widths(first, 4, {"Dense_1/kernel": 2})
     with pytest.raises(ValueError, match="widths of"):
-        semi_relaxed.with_widths(qj.srq(4).init(params), 4, {PATH: 2})
+        widths.at_widths(qj.srq(4).init(params), 4, {PATH: 2})
 
 
 def test_without_learned_bits_the_width_stays():
@@ -254,7 +254,7 @@ def test_weights_grids_and_masks_train_together():
     trainable, opt_state = (params, state.learned), tx.init((params, state.learned))
     for k in range(500):
         trainable, opt_state, state, _ = step(trainable, opt_state, state, jax.random.key(k))
-    assert semi_relaxed.widths(state)[PATH] < 3
+    assert widths.of_state(state)[PATH] < 3
     assert error(trainable[0], state) < 0.5 * before
 
 
