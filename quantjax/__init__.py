@@ -21,12 +21,27 @@ from quantjax.methods.alq.multibit_input import multi_bit_input
 from quantjax.methods.alq.schedule import Phase, alq_rounds
 from quantjax.methods.alq.transformation import alq, alq_params, alq_state
 from quantjax.methods.amsgrad import projected_amsgrad
+from quantjax.methods.binary import binary
+from quantjax.methods.dorefa import dorefa, dorefa_input
 from quantjax.methods.fq.focused import focused
+from quantjax.methods.lsq import lsq, lsq_input
+from quantjax.methods.pact_input import pact_input
+from quantjax.methods.proximal import (
+    annealed,
+    binary_relax,
+    hard,
+    parq,
+    proximal,
+    proximal_params,
+    proximal_state,
+)
 from quantjax.methods.pruning import magnitude, n_m, pruned, surgery
 from quantjax.methods.psg import position_scale, psg, scale_by_position, warp
 from quantjax.methods.srq.relaxed import rq, rq_input
 from quantjax.methods.srq.semi_relaxed import srq, srq_input
-from quantjax.methods.uniform import nearest, symmetric_step, uniform, uniform_input, zero
+from quantjax.methods.ternary import ternary
+from quantjax.methods.uniform import nearest, symmetric_step, uniform, zero
+from quantjax.methods.uniform_input import uniform_input
 
 __all__ = [
     "Grid",
@@ -40,13 +55,21 @@ __all__ = [
     "alq_params",
     "alq_rounds",
     "alq_state",
+    "annealed",
     "average_bits",
+    "binary",
+    "binary_relax",
     "chain",
     "decay_mask",
     "decode",
+    "dorefa",
+    "dorefa_input",
     "focused",
+    "hard",
     "leafwise",
     "linen",
+    "lsq",
+    "lsq_input",
     "magnitude",
     "multi_bit",
     "multi_bit_input",
@@ -55,9 +78,14 @@ __all__ = [
     "nearest",
     "nnx",
     "owned",
+    "pact_input",
+    "parq",
     "partition",
     "position_scale",
     "projected_amsgrad",
+    "proximal",
+    "proximal_params",
+    "proximal_state",
     "pruned",
     "psg",
     "rounding",
@@ -72,6 +100,7 @@ __all__ = [
     "summary",
     "surgery",
     "symmetric_step",
+    "ternary",
     "uniform",
     "uniform_input",
     "warp",

@@ -101,9 +101,10 @@ class ActQuant(nnx.Module):
 
     def end_pass(self):
         """The next call begins another pass."""
-        if passes.JOINS in self.buffers:
-            joins = self.buffers[passes.JOINS]
-            joins[...] = passes.end({passes.JOINS: joins[...]})[passes.JOINS]
+        values = {name: variable[...] for name, variable in self.buffers.items()}
+        for name, value in passes.end(values).items():
+            if value is not values[name]:
+                self.buffers[name].set_value(value)
 
 
 def quantize_inputs(model: nnx.Module, quantizer, where: str = ".*", *, rngs=None) -> nnx.Module:

@@ -19,7 +19,15 @@ QUANTIZERS = {
     "uniform per channel": lambda: qj.uniform(4, axes="channel"),
     "uniform running": lambda: qj.uniform(4, momentum=0.1),
     "uniform with biases": lambda: qj.uniform(4, biases=True),
+    "uniform of least error": lambda: qj.uniform(2, fit="error", axes="channel"),
     "zero": lambda: qj.zero(),
+    "lsq": lambda: qj.lsq(2, axes="channel", biases=True),
+    "lsq balanced": lambda: qj.lsq(2, balanced=True, fit="mean"),
+    "dorefa": lambda: qj.dorefa(3),
+    "dorefa 1": lambda: qj.dorefa(1, biases=True),
+    "binary": lambda: qj.binary(),
+    "ternary": lambda: qj.ternary(biases=True),
+    "absmean": lambda: qj.ternary(0.5, scale="all", axes="channel"),
     "partition": lambda: qj.partition(
         {"Conv_0": qj.uniform(8), ".*bias": None, ".*": qj.uniform(3, axes="channel")}
     ),
@@ -51,7 +59,8 @@ QUANTIZERS = {
     "l0": lambda: l0(1e-3, prob=0.6),
     "pruned": lambda: qj.pruned({"Dense_0": {"kernel": PARAMS["Dense_0"]["kernel"] > 0}}),
 }
-CHANGING = {"l0"}  # gates are fractions, too: applying twice is another thing than once
+# Applying twice is another thing than once: gates are fractions, too, and tanh squeezes again.
+CHANGING = {"l0", "dorefa"}
 PARAMS = testing.make_params()
 # Scanned layers beside attention, whose heads stand before or after what a kernel sums over.
 LAYERS = {"Blocks": 1}

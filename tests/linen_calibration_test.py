@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from quantjax import linen as qnn
 from quantjax.linen import probes
-from quantjax.methods.uniform import uniform_input
+from quantjax.methods.uniform_input import uniform_input
 from tests.linen_toys import (
     BOTH,
     Mlp,

@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 from quantjax import linen as qnn
-from quantjax.methods.uniform import uniform_input
+from quantjax.methods.uniform_input import uniform_input
 from tests.linen_toys import BOTH, data, init
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

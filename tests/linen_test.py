@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 import quantjax as qj
 from quantjax import linen as qnn
-from quantjax.methods.uniform import uniform_input
+from quantjax.methods.uniform_input import uniform_input
 from tests.linen_toys import (
     BOTH,
     Mlp,

@@ -9,7 +9,7 @@ from flax import linen as nn
 import quantjax as qj
 from quantjax import linen as qnn
 from quantjax.core import rounding
-from quantjax.methods.uniform import uniform_input
+from quantjax.methods.uniform_input import uniform_input
 
 BOTH = ["quant", "quant_stats"]
 

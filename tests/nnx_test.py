@@ -13,7 +13,7 @@ import quantjax as qj
 from quantjax import linen as qlinen
 from quantjax import nnx as qnnx
 from quantjax.core import rounding
-from quantjax.methods.uniform import uniform_input
+from quantjax.methods.uniform_input import uniform_input
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -57,6 +57,8 @@ TRANSFORMS = {
         optax.sgd(0.1),
     ),
     "alq": alq_and_sgd,
+    "proximal": lambda: qj.proximal(optax.sgd(0.1), qj.uniform(4), qj.hard()),
+    "parq": lambda: qj.proximal(optax.adam(0.01), qj.uniform(4), qj.parq(qj.annealed(20))),
 }
 # What costs too much for all tests: sharding alone.
 SHARDED = TRANSFORMS | {

@@ -44,6 +44,28 @@ def number(name: str, value, expected: str, holds: Callable):
         raise ValueError(f"{name} must be {expected}, got {shown}")
 
 
+def choice(name: str, value, known: tuple):
+    """Raises ValueError unless a value is one of those known."""
+    if value not in known:
+        raise ValueError(f"{name} must be one of {known}, got {value!r}")
+
+
+def names(learned: dict, buffers: dict, of_learned, of_buffers):
+    """Raises ValueError if the state of a leaf has other arrays than its quantizer's."""
+    found, expected = (set(learned), set(buffers)), (set(of_learned), set(of_buffers))
+    if found != expected:
+        raise ValueError(
+            "the state was made by another quantizer: it has "
+            f"{sorted({*learned, *buffers})}, this one {sorted({*of_learned, *of_buffers})}"
+        )
+
+
+def momentum(value):
+    """Raises ValueError unless the weight of the present in a running mean is None or in (0, 1]."""
+    if value is not None and not 0 < value <= 1:
+        raise ValueError(f"momentum must be in (0, 1], got {value!r}")
+
+
 def is_concrete(value) -> bool:
     """True for what can be looked at here: neither traced nor partly on other processes."""
     if isinstance(value, jax.core.Tracer | jax.ShapeDtypeStruct):

@@ -5,12 +5,15 @@ a pass, NEW where it ends. Quantizers only read it: used by itself, every call i
 Statistics take what is finite, and where axes of `pmap` or `shard_map` are named, all devices.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 JOINS = "joins"
 NEW, SAME, FITTING = 0, 1, 2
+FITTING_ONLY = ("cell_counts", "cell_offsets")  # buffers that nothing reads once its pass is over
 
 
 def buffer() -> dict:
@@ -19,10 +22,16 @@ def buffer() -> dict:
 
 
 def end(buffers):
-    """Returns a tree of buffers in which the next call of every layer begins another pass."""
+    """Returns a tree of buffers in which the next call of every layer begins another pass.
+
+    What only the fitting pass needs has no elements from here on.
+    """
 
     def reset(path, leaf):
-        return leaf * 0 if getattr(path[-1], "key", None) == JOINS else leaf
+        name = getattr(path[-1], "key", None)
+        if name in FITTING_ONLY:
+            return leaf[..., :0] if leaf.size else leaf
+        return leaf * 0 if name == JOINS else leaf
 
     return jax.tree_util.tree_map_with_path(reset, buffers)
 
@@ -39,6 +48,16 @@ def called(buffers: dict, *, fitting: bool = False) -> dict:
     old = buffers[JOINS]
     same = jnp.full_like(old, FITTING) if fitting else jnp.where(old == FITTING, FITTING, SAME)
     return {**buffers, JOINS: same.astype(old.dtype)}
+
+
+def moved(x, buffers: dict, fit: Callable, move: Callable):
+    """Returns the buffers after another call: fit(x, buffers) in the fitting pass, else move(...).
+
+    Once that pass is over, which shapes tell, a compiled step knows nothing of fitting.
+    """
+    if not all(buffers[name].size for name in FITTING_ONLY):
+        return move(x, buffers)
+    return lax.cond(buffers[JOINS] == FITTING, fit, move, x, buffers)
 
 
 def weight(buffers: dict, momentum, dtype):

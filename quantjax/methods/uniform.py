@@ -1,21 +1,13 @@
-"""Uniform grids for weights and for the inputs of layers, and the zero target of sparse training.
+"""Uniform grids for weights, and the zero target of sparse training.
 
-The weight grid is the one of PSG: symmetric and narrow, -(2**(b-1)-1) .. 2**(b-1)-1 times one
-step per leaf or group. The input grid is asymmetric and holds zero exactly.
+The grid is the one of PSG: symmetric and narrow, -(2**(b-1)-1) .. 2**(b-1)-1 times one step per
+leaf or group.
 """
 
 import jax.numpy as jnp
-from jax import lax
 
-from quantjax.core import checks, passes, qarray, rounding
-from quantjax.core.quantizer import (
-    InputQuantizer,
-    Quantizer,
-    QuantState,
-    described,
-    inputwise,
-    leafwise,
-)
+from quantjax.core import checks, least_error, qarray, rounding
+from quantjax.core.quantizer import Quantizer, described, leafwise
 
 
 def symmetric_step(w, bits: int, axes=None):
@@ -61,34 +53,49 @@ def nearest(x, step, *, bits: int, signed: bool = True, narrow: bool = False):
 
 @described
 def uniform(
-    bits: int, *, axes=None, momentum: float | None = None, biases: bool = False
+    bits: int,
+    *,
+    axes=None,
+    fit: str = "max",
+    momentum: float | None = None,
+    biases: bool = False,
 ) -> Quantizer:
-    """Rounds weights to the narrow symmetric grid that spans their range (PSG's target).
+    """Rounds weights to a narrow symmetric grid: that of their range, PSG's, or of least error.
 
     Args:
       bits: 2..16.
       axes: what shares one step: None or "tensor" (the whole leaf), "channel" (the last axis of a
         kernel, the rows of an embedding), axes counted from the end, {pattern: axes}, or a
         function (path, leaf) -> axes. Biases always have one step.
+      fit: "max": the grid spans the range of the weights, and follows it. "error": the step of
+        least squared error for the weights that `init` sees, which `update` keeps; at 2 and 3
+        bits the better choice wherever weights are rounded, and never worse by that error.
       momentum: weight of the present range in the running one, in (0, 1]; None: `update` takes
-        the range of the present weights.
+        the range of the present weights. Only for fit="max".
       biases: also takes the bias beside every kernel.
 
-    Ranges always include 0. The buffers are low, high (the range), limit = 2**(bits-1) - 1 and
-    step = max(-low, high) / limit, 1 where that is 0.
+    Ranges always include 0. The buffers are limit = 2**(bits-1) - 1, step, and for "max" low and
+    high (the range), of which step = max(-low, high) / limit, 1 where that is 0.
 
     Raises:
-      ValueError: bits, axes or momentum out of range; a state of another width.
+      ValueError: bits, axes, fit or momentum; a state of another width or fit.
     """
     bits = checks.bits(bits, 2)
-    _check_momentum(momentum)
+    checks.choice("fit", fit, ("max", "error"))
+    checks.momentum(momentum)
+    if fit == "error" and momentum is not None:
+        raise ValueError(f"momentum={momentum!r} needs fit='max': a step of least error is kept")
     axes = checks.axes(axes)
 
     def init(path, leaf, key):
         del key
         low, high = _range(leaf, checks.group_axes(axes, path, leaf))
         limit = jnp.full_like(low, 2 ** (bits - 1) - 1)
-        return {}, {"low": low, "high": high, "limit": limit, "step": _step(low, high, limit)}
+        step = _step(low, high, limit)
+        if fit == "error":
+            step = least_error.step(leaf.astype(step.dtype), step, -limit, limit)
+            return {}, {"limit": limit, "step": step}
+        return {}, {"low": low, "high": high, "limit": limit, "step": step}
 
     def apply(leaf, learned, buffers, key):
         del learned, key
@@ -113,81 +120,12 @@ def uniform(
 
     def check(learned, buffers):
         del learned
+        ranges = {"low", "high"} if fit == "max" else set()
+        checks.names({}, buffers, {}, {"limit", "step", *ranges})
         checks.width(checks.width_of_codes(buffers["limit"]), bits)
 
-    return leafwise(init, apply, encode, update, biases=biases, check=check)
-
-
-@described
-def uniform_input(bits: int, *, momentum: float = 0.1, axis_name=None) -> InputQuantizer:
-    """Quantizes activations on an asymmetric grid that holds zero exactly.
-
-    Args:
-      bits: 1..16.
-      momentum: weight of the present pass in the running range, in (0, 1].
-      axis_name: of `pmap` or `shard_map`, over whose devices ranges are taken, too.
-
-    The range is the first pass's, then a running mean; `linen.calibrate_batch_norm` fits it to
-    batch norm's parameters instead. Values are (code - zero_point) * step, codes 0 .. 2**bits - 1.
-    NaN and infinity have no part in ranges; a batch without finite values leaves them.
-
-    Raises:
-      ValueError: bits or momentum out of range; a state of another width.
-    """
-    bits = checks.bits(bits, 1)
-    _check_momentum(momentum)
-
-    def grid(low, high, levels):
-        step = _positive((high - low) / levels)
-        zero_point = jnp.clip(jnp.round(-low * (1 / step)), 0, levels)
-        return {"low": low, "high": high, "levels": levels, "step": step, "zero_point": zero_point}
-
-    def extent(x):
-        x = x.astype(rounding.work_dtype(x.dtype))
-        return passes.least(x, axis_name), passes.most(x, axis_name)
-
-    def init(x):
-        low, high = extent(x)
-        found = grid(*_with_zero(low, high), jnp.full_like(low, 2**bits - 1))
-        return QuantState({}, {**found, "pass_low": low, "pass_high": high, **passes.buffer()})
-
-    def move(x, buffers):
-        begins, infinity = buffers[passes.JOINS] == passes.NEW, jnp.asarray(jnp.inf, x.dtype)
-        before = (
-            jnp.where(begins, infinity, buffers["pass_low"]),
-            jnp.where(begins, -infinity, buffers["pass_high"]),
-        )
-        present = extent(x)
-        union = jnp.minimum(before[0], present[0]), jnp.maximum(before[1], present[1])
-        nothing_before, nothing = before[0] > before[1], union[0] > union[1]
-        weight = passes.weight(buffers, momentum, x.dtype)
-
-        def running(old, before, union):
-            before = jnp.where(nothing_before, old, before)
-            return jnp.where(nothing, old, weight * union + (old - weight * before))
-
-        old = buffers["low"], buffers["high"]
-        low, high = map(running, old, _with_zero(*before), _with_zero(*union))
-        ends = {"pass_low": union[0], "pass_high": union[1]}
-        return {**buffers, **grid(low, high, buffers["levels"]), **ends}
-
-    def apply(x, state, key, update):
-        del key
-        buffers = state.buffers
-        wide = x.astype(buffers["step"].dtype)
-        if update:
-            buffers = move(lax.stop_gradient(wide), buffers)
-        step, zero_point = buffers["step"], buffers["zero_point"]
-        # (code - zero_point) * step with codes 0..levels: the grid shifted by whole codes.
-        low, high = -zero_point, buffers["levels"] - zero_point
-        x_hat = rounding.nearest_on_grid(wide, step, low, high)
-        return x_hat.astype(x.dtype), state._replace(buffers=buffers)
-
-    def check(learned, buffers):
-        del learned
-        checks.width(checks.width_of_codes(buffers["levels"]) - 1, bits)  # codes without a sign
-
-    return inputwise(init, apply, check)
+    moves = update if fit == "max" else None
+    return leafwise(init, apply, encode, moves, biases=biases, check=check)
 
 
 @described
@@ -211,19 +149,5 @@ def _range(x, axes):
     return low, jnp.max(x, axis=axes, keepdims=True, initial=0)
 
 
-def _with_zero(low, high):
-    return jnp.minimum(low, 0), jnp.maximum(high, 0)
-
-
 def _step(low, high, limit):
-    return _positive(jnp.maximum(-low, high) / limit)
-
-
-def _positive(step):
-    # Below the smallest normal number 1 / step overflows.
-    return jnp.where(step >= jnp.finfo(step.dtype).tiny, step, 1)
-
-
-def _check_momentum(momentum):
-    if momentum is not None and not 0 < momentum <= 1:
-        raise ValueError(f"momentum must be in (0, 1], got {momentum!r}")
+    return rounding.positive(jnp.maximum(-low, high) / limit)

@@ -152,3 +152,64 @@ def test_one_program_serves_all_widths():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         qj.uniform_input(**arguments)
+
+
+# other ranges than the whole one
+
+
+def squared_error(quantizer, x, state):
+    return float(np.sum((np.float64(quantizer.apply(x, state)[0]) - np.float64(x)) ** 2))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("kind", ["relu", "normal", "gelu"])
+def test_fit_error_cuts_what_reaches_too_far(kind, bits):
+    x = {"relu": jax.nn.relu, "normal": lambda x: x, "gelu": jax.nn.gelu}[kind](normal(400, 20))
+    whole, cut = qj.uniform_input(bits), qj.uniform_input(bits, fit="error")
+    state = cut.init(x)
+    assert squared_error(cut, x, state) <= 1.001 * squared_error(whole, x, whole.init(x))
+    best = np.inf
+    farthest = float(jnp.max(jnp.abs(x)))
+    for fraction in np.geomspace(1, 1 / 64, 200):
+        tried = whole.init(jnp.clip(x, -fraction * farthest, fraction * farthest))
+        best = min(best, squared_error(whole, x, tried))
+    assert squared_error(cut, x, state) <= 1.05 * best
+    if kind == "relu":
+        assert state.buffers["zero_point"] == 0
+
+
+def test_fit_as_a_percentile():
+    x = jnp.arange(1001.0) - 200
+    state = qj.uniform_input(8, fit=99.0).init(x)
+    np.testing.assert_allclose(state.buffers["low"], -190, atol=2)
+    np.testing.assert_allclose(state.buffers["high"], 790, atol=2)
+    one_sided = qj.uniform_input(8, fit=90.0).init(jnp.abs(x))
+    assert one_sided.buffers["low"] == 0
+
+
+@pytest.mark.parametrize("fit", ["error", 99.0])
+def test_other_fits_are_running_means_over_passes(fit):
+    quantizer = qj.uniform_input(4, fit=fit, momentum=0.25)
+    batches = [(seed + 1) * normal(200, 3, seed=seed) for seed in range(3)]
+    state = quantizer.init(batches[0])
+    low, high = state.buffers["low"], state.buffers["high"]
+    for x in batches[1:]:
+        alone = quantizer.init(x).buffers
+        low, high = 0.75 * low + 0.25 * alone["low"], 0.75 * high + 0.25 * alone["high"]
+        state = jax.jit(lambda x, s: quantizer.apply(x, s, update=True)[1])(x, state)
+        np.testing.assert_allclose(state.buffers["low"], low, rtol=1e-5)
+        np.testing.assert_allclose(state.buffers["high"], high, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fit", ["range ", "max", 50, 100.0, 0.99])
+def test_unknown_fits(fit):
+    with pytest.raises(ValueError, match="fit "):
+        qj.uniform_input(4, fit=fit)
+
+
+def test_fits_do_not_mix():
+    x = normal(20, 3)
+    with pytest.raises(ValueError, match="another quantizer"):
+        qj.uniform_input(4).apply(x, qj.uniform_input(4, fit="error").init(x))
+    with pytest.raises(ValueError, match="another quantizer"):
+        qj.uniform_input(4, fit="error").apply(x, qj.uniform_input(4).init(x))

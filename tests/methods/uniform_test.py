@@ -276,3 +276,56 @@ def test_zero_sends_owned_leaves_to_zero_and_has_no_grid():
         assert tree["Dense_0"]["bias"] is params["Dense_0"]["bias"]
         np.testing.assert_array_equal(tree["Dense_0"]["kernel"], jnp.zeros((2, 3), jnp.bfloat16))
         assert tree["Dense_0"]["kernel"].dtype == jnp.bfloat16
+
+
+# the step of least squared error
+
+
+@pytest.mark.parametrize("axes", [None, "channel"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_fit_error_is_never_worse_than_the_range_and_is_kept(bits, axes):
+    w = normal(40, 30)
+    errors = {}
+    for fit in ("max", "error"):
+        quantizer = qj.uniform(bits, axes=axes, fit=fit)
+        params, state, buffers = fitted(quantizer, w)
+        value = np.float64(quantizer.apply(params, state)["Dense_0"]["kernel"])
+        errors[fit] = np.sum((value - np.float64(w)) ** 2, axis=0 if axes else None)
+        grid = quantizer.encode(params, state)["Dense_0"]["kernel"].validate()
+        np.testing.assert_array_equal(grid.decode(), np.float32(value))
+    assert np.all(errors["error"] <= errors["max"] * (1 + 1e-6))
+    if bits <= 4:
+        assert errors["error"].sum() < (0.95 if axes else 0.7) * errors["max"].sum()
+    assert set(buffers) == {"limit", "step"}
+    moved = quantizer.update(params_of(3 * w), state)
+    jax.tree.map(np.testing.assert_array_equal, moved, state)
+
+
+def test_fit_error_is_found_in_jit_as_without():
+    params = params_of(normal(6, 5))
+    quantizer = qj.uniform(3, fit="error")
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+        jax.jit(quantizer.init)(params),
+        quantizer.init(params),
+    )
+
+
+def test_fits_do_not_mix():
+    params = params_of(normal(6, 5))
+    by_range, by_error = qj.uniform(3), qj.uniform(3, fit="error")
+    for mine, other in ((by_range, by_error), (by_error, by_range)):
+        with pytest.raises(ValueError, match="another quantizer"):
+            mine.apply(params, other.init(params))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fit": "mse"}, r"fit must be one of \('max', 'error'\), got 'mse'"),
+        ({"fit": "error", "momentum": 0.1}, "momentum=0.1 needs fit='max'"),
+    ],
+)
+def test_unknown_fits(options, message):
+    with pytest.raises(ValueError, match=message):
+        qj.uniform(4, **options)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from quantjax.core import checks, passes, rounding
+from quantjax.core import checks, histograms, passes, rounding
 from quantjax.core.quantizer import InputQuantizer, QuantState, described, inputwise
 from quantjax.methods.alq import bases as bases_lib
 
@@ -37,43 +37,25 @@ def multi_bit_input(bits: int, *, momentum: float = 0.1, axis_name=None) -> Inpu
     def init(x):
         x = x.astype(rounding.work_dtype(x.dtype))
         nothing = {
-            "cell_counts": jnp.zeros(cells, x.dtype),
-            "cell_offsets": jnp.zeros(cells, x.dtype),
-            "pass_low": jnp.asarray(jnp.inf, x.dtype),
-            "pass_high": jnp.asarray(-jnp.inf, x.dtype),
             "base": jnp.zeros(bits + 1, x.dtype),
             "sums": jnp.zeros(bits + 2 + bits * (bits + 1) // 2, x.dtype),
             "ref": jnp.zeros((), x.dtype),
             "coords": jnp.zeros(bits, x.dtype),
+            **histograms.nothing(cells, x.dtype),
             **passes.buffer(),
         }
         return QuantState({}, first_pass(x, nothing))
 
     def first_pass(x, buffers):
         """The fit to x and all that came before it in the fitting pass."""
-        old_low, old_high = buffers["pass_low"], buffers["pass_high"]
-        low = jnp.minimum(old_low, passes.least(x, axis_name))
-        high = jnp.maximum(old_high, passes.most(x, axis_name))
-        ends = {"pass_low": low, "pass_high": high}
-        low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
-        seen = _points(
-            buffers["cell_counts"],
-            buffers["cell_offsets"],
-            jnp.minimum(old_low, 0),
-            jnp.maximum(old_high, 0),
-        )
-        x, kept = passes.finite(x)
-        new = _histogram(x, kept.astype(x.dtype), low, high, cells)
-        old = _histogram(*seen, low, high, cells)
-        counts, offsets = (o + passes.total(n, axis_name) for o, n in zip(old, new, strict=True))
-        points = _points(counts, offsets, low, high)
+        seen = histograms.joined(x, buffers, axis_name)
+        points, (low, high) = histograms.points(seen), histograms.ends(seen)
         powers = jnp.asarray([2.0**k / (2**bits - 1) for k in range(bits)], x.dtype)
         start = jnp.append((low + high) / 2, (high - low) / 2 * powers)
         fitted = lax.fori_loop(
             0, FIRST_FITS, lambda _, base: _solve(base, _equations(*points, base)), start
         )
-        found = {"ref": fitted[0], "coords": fitted[1:]}
-        return {**buffers, **found, **ends, "cell_counts": counts, "cell_offsets": offsets}
+        return {**buffers, **seen, "ref": fitted[0], "coords": fitted[1:]}
 
     def later_pass(x, buffers):
         """Eq. 24: the fit to the present pass, given the levels before it, in the running one."""
@@ -92,9 +74,7 @@ def multi_bit_input(bits: int, *, momentum: float = 0.1, axis_name=None) -> Inpu
         buffers = state.buffers
         wide = x.astype(buffers["coords"].dtype)
         if update:
-            fitting = buffers[passes.JOINS] == passes.FITTING
-            fixed = lax.stop_gradient(wide)
-            buffers = lax.cond(fitting, first_pass, later_pass, fixed, buffers)
+            buffers = passes.moved(lax.stop_gradient(wide), buffers, first_pass, later_pass)
         x_hat = _nearest(wide, buffers["ref"], buffers["coords"]).astype(x.dtype)
         return x_hat, state._replace(buffers=buffers)
 
@@ -134,27 +114,6 @@ def _nearest_jvp(primals, tangents):
 
 def _as_group(coords, x):
     return coords.reshape((1,) * x.ndim + coords.shape)
-
-
-def _width(low, high, cells):
-    width = (high - low) / cells
-    return jnp.where(width >= jnp.finfo(width.dtype).tiny, width, 1)
-
-
-def _histogram(x, weight, low, high, cells):
-    """Returns the weight in every cell from low to high, and its moment about the lower edge."""
-    place = (x - low) * (1 / _width(low, high, cells))
-    cell = jnp.clip(jnp.floor(place), 0, cells - 1)
-    index, nothing = cell.astype(jnp.int32), jnp.zeros(cells, x.dtype)
-    return nothing.at[index].add(weight), nothing.at[index].add(weight * (place - cell))
-
-
-def _points(counts, offsets, low, high):
-    """Returns the mean of every cell, and its weight."""
-    cells = counts.size
-    middle = offsets / jnp.maximum(counts, 1)
-    x = low + (jnp.arange(cells, dtype=counts.dtype) + middle) * _width(low, high, cells)
-    return jnp.where(counts > 0, x, 0), counts
 
 
 def _equations(x, weight, base):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from quantjax.core import meshes, paths, qarray, rounding
+from quantjax.core import meshes, optimizer_states, paths, qarray, rounding
 from quantjax.core.quantizer import Quantizer, QuantState
 from quantjax.methods import amsgrad
 from quantjax.methods.alq import bases as bases_lib
@@ -250,16 +250,8 @@ def alq(
 
 
 def find_alq(opt_state) -> AlqState:
-    """Returns the state of `alq` anywhere in an optimizer's state.
-
-    Raises:
-      ValueError: there is none, or more than one.
-    """
-    leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, AlqState))
-    found = [leaf for leaf in leaves if isinstance(leaf, AlqState)]
-    if len(found) != 1:
-        raise ValueError(f"expected the state of one alq in the optimizer's, found {len(found)}")
-    return found[0]
+    """Returns the state of `alq` anywhere in an optimizer's state."""
+    return optimizer_states.only(opt_state, AlqState, "alq")
 
 
 def alq_state(opt_state) -> QuantState:

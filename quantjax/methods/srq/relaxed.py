@@ -8,9 +8,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
-from quantjax.core import checks, passes, qarray, rounding
+from quantjax.core import checks, first_pass, passes, qarray, rounding
 from quantjax.core.quantizer import (
     InputQuantizer,
     Quantizer,
@@ -73,7 +72,7 @@ def rq(
       axes: what shares alpha and sigma, as in `uniform`; biases have one step.
       biases: also takes the bias beside every kernel.
 
-    Learned are log_alpha, from the range of the weights, and log_sigma, alpha / 3 at first.
+    Learned are log_alpha, at first the step of least squared error, and log_sigma, alpha / 3.
 
     Raises:
       ValueError: bits, axes or temperature; a state of another width or quantizer.
@@ -84,11 +83,9 @@ def rq(
     def init(path, leaf, key):
         del key
         x = leaf.astype(rounding.work_dtype(leaf.dtype))
-        log_alpha = learned_grid.log_interval(
-            x, checks.group_axes(axes, path, leaf), max(1, 2 ** (bits - 1) - 1)
-        )
         limits = learned_grid.limits(bits, x.dtype)
-        return learned_grid.spread(log_alpha), {**limits, "count": jnp.zeros((), jnp.int32)}
+        learned = learned_grid.first(x, checks.group_axes(axes, path, leaf), limits)
+        return learned, {**limits, "count": jnp.zeros((), jnp.int32)}
 
     def apply(leaf, learned, buffers, key):
         checks.fitting(learned["log_alpha"], leaf)
@@ -106,10 +103,7 @@ def rq(
         return {**buffers, "count": optax.safe_increment(buffers["count"])}
 
     def check(learned, buffers):
-        if set(buffers) != {"low", "high", "count"} or set(learned) != {"log_alpha", "log_sigma"}:
-            raise ValueError(
-                f"the state was made by another quantizer: it has {sorted({*learned, *buffers})}"
-            )
+        checks.names(learned, buffers, {"log_alpha", "log_sigma"}, {"low", "high", "count"})
         checks.width(checks.width_of_codes(buffers["high"]), bits)
 
     return leafwise(init, apply, encode, update, biases=biases, check=check)
@@ -130,15 +124,16 @@ def rq_input(
       ValueError: bits or temperature; a state of another width.
     """
     bits = _check(bits, temperature)
+    fit = learned_grid.fit_inputs(bits, signed)
 
     def init(x):
-        state = learned_grid.first_inputs(x, bits, signed, axis_name)
+        state = first_pass.begin(x, fit, bits, axis_name)
         return state._replace(buffers={**state.buffers, "count": jnp.zeros((), jnp.int32)})
 
     def apply(x, state, key, update):
         if not update:
             return _apply(x, *state, key, bits, temperature, straight_through), state
-        state = learned_grid.more_inputs(lax.stop_gradient(x), state, bits, signed, axis_name)
+        state = first_pass.go_on(x, state, fit, axis_name)
         count = state.buffers["count"]
         moved = jnp.where(
             state.buffers[passes.JOINS] == passes.NEW, optax.safe_increment(count), count
@@ -146,7 +141,7 @@ def rq_input(
         x_hat = _apply(x, *state, key, bits, temperature, straight_through)
         return x_hat, state._replace(buffers={**state.buffers, "count": moved})
 
-    return inputwise(init, apply, learned_grid.check_inputs(bits))
+    return inputwise(init, apply, first_pass.check(bits))
 
 
 def _apply(x, learned, buffers, key, bits, temperature, straight_through):

@@ -11,9 +11,8 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from quantjax.core import checks, qarray, rounding
+from quantjax.core import checks, first_pass, qarray, rounding
 from quantjax.core.quantizer import (
     InputQuantizer,
     Quantizer,
@@ -62,7 +61,7 @@ def quantize(x, alpha, sigma, *, bits, signed=True, masks=None, estimator="expec
         larger than that of x.
     """
     bits = checks.bits(bits, most=8)
-    check_estimator(estimator)
+    checks.choice("estimator", estimator, ESTIMATORS)
     checks.number("alpha", alpha, "positive", lambda a: a > 0)
     checks.number("sigma", sigma, "positive", lambda s: s > 0)
     x = jnp.asarray(x)
@@ -113,17 +112,16 @@ def srq(
       biases: also takes the bias beside every kernel.
       temperature, gamma, zeta: of the hard concrete masks.
 
-    Learned, all by their logarithm or logit: log_alpha from the range of the weights, the smallest
-    grid that holds them or 3 standard deviations, whichever is less; log_sigma, alpha / 3; and
-    mask_logits, probabilities ~ N(0.9, 0.01**2) (0.9 without a key). Without a key a leaf is
-    rounded to the codes low .. high of its width, as algorithm 1 deploys it.
+    Learned, all by their logarithm or logit: log_alpha, at first the step of least squared error;
+    log_sigma, alpha / 3; and mask_logits, probabilities ~ N(0.9, 0.01**2) (0.9 without a key).
+    Without a key a leaf is rounded to the codes low .. high of its width, as in algorithm 1.
 
     Raises:
       ValueError: an argument out of its range; a state of another width or quantizer; with
         learn_bits, `encode` under jit.
     """
     bits = checks.bits(bits, most=8)
-    check_estimator(estimator)
+    checks.choice("estimator", estimator, ESTIMATORS)
     dropbits = dropbits or learn_bits
     if dropbits and bits < 2:
         raise ValueError("DropBits needs at least 2 bits: a 1-bit grid has no bit levels")
@@ -137,11 +135,8 @@ def srq(
 
     def init(path, leaf, key):
         x = leaf.astype(rounding.work_dtype(leaf.dtype))
-        log_alpha = learned_grid.log_interval(
-            x, checks.group_axes(axes, path, leaf), max(1, 2 ** (bits - 1) - 1)
-        )
-        learned = learned_grid.spread(log_alpha)
         buffers = learned_grid.limits(bits, x.dtype)
+        learned = learned_grid.first(x, checks.group_axes(axes, path, leaf), buffers)
         if dropbits:
             noise = 0 if key is None else jax.random.normal(key, (bits - 1,), x.dtype)
             learned["mask_logits"] = hard_concrete.logit(
@@ -205,12 +200,8 @@ def srq(
         return jnp.where(_frozen(buffers), 0, cost)
 
     def check(learned, buffers):
-        names = {"low", "high"} | ({"width", "count", "freeze_after"} if learn_bits else set())
-        if set(buffers) != names:
-            raise ValueError(
-                f"the state was made by another quantizer: it has {sorted(buffers)}, "
-                f"srq(learn_bits={learn_bits}) has {sorted(names)}"
-            )
+        widths_too = {"width", "count", "freeze_after"} if learn_bits else set()
+        checks.names({}, buffers, {}, {"low", "high", *widths_too})
         if dropbits:
             checks.width(1 + learned["mask_logits"].shape[-1], bits)
         if learn_bits:
@@ -237,27 +228,28 @@ def srq_input(
       axis_name: of `pmap` or `shard_map`, over whose devices the first pass is fitted, too.
 
     Learned are log_alpha and log_sigma, set by the first pass as `srq` sets them by the weights.
-    The least input seen is kept: `summary` names layers whose signed grid meets no negative one.
-    NaN and infinity count for neither.
+    NaN and infinity count for nothing.
 
     Raises:
       ValueError: bits or estimator; a state of another width.
     """
     bits = checks.bits(bits, most=8)
-    check_estimator(estimator)
+    checks.choice("estimator", estimator, ESTIMATORS)
+
+    fit = learned_grid.fit_inputs(bits, signed)
 
     def init(x):
-        return learned_grid.first_inputs(x, bits, signed, axis_name)
+        return first_pass.begin(x, fit, bits, axis_name)
 
     def apply(x, state, key, update):
         del key
         if update:
-            state = learned_grid.more_inputs(lax.stop_gradient(x), state, bits, signed, axis_name)
+            state = first_pass.go_on(x, state, fit, axis_name)
         alpha, sigma = learned_grid.positive(state.learned)
         low, high = state.buffers["low"], state.buffers["high"]
         return on_grid(x, alpha, sigma, low, high, estimator), state
 
-    return inputwise(init, apply, learned_grid.check_inputs(bits))
+    return inputwise(init, apply, first_pass.check(bits))
 
 
 def on_grid(x, alpha, sigma, low, high, estimator, count=None):
@@ -346,12 +338,6 @@ def _lead(masks):
     """[*group, count] -> [1 + count, *group], the first for the codes that are never masked."""
     masks = jnp.moveaxis(masks, -1, 0)
     return jnp.concatenate([jnp.ones_like(masks, shape=(1, *masks.shape[1:])), masks])
-
-
-def check_estimator(estimator):
-    """Raises ValueError for an estimator that is not known."""
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator must be one of {ESTIMATORS}, got {estimator!r}")
 
 
 def _probabilities(learned):
