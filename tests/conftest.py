@@ -1,10 +1,22 @@
 """Strict numerics for every test, and eight simulated devices for the sharding laws."""
 
+import atexit
 import contextlib
 import os
+import shutil
+import tempfile
 
-import jax
-import pytest
+# Equal programs of different tests and processes compile once: half of the suite's time. Workers
+# inherit the folder from the first process, which removes it; a folder of yours outlives the run.
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+if CACHE not in os.environ:
+    os.environ[CACHE] = tempfile.mkdtemp(prefix="quantjax-tests-")
+    atexit.register(shutil.rmtree, os.environ[CACHE], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -27,21 +27,21 @@ def widest(least, most, low, high):
     return jnp.where(step >= jnp.finfo(step.dtype).tiny, step, ZERO_STEP)
 
 
-def step(x, widest, low, high, *, offset: float = 0, weight=1):
+def step(x, widest, low, high, *, halves: bool = False, weight=1):
     """Returns the step of least squared error per group, never worse than the widest one.
 
     Args:
       x: floats.
       widest: the largest candidate, positive, of x's rank: groups are its axes of length 1.
       low, high: codes, broadcast to the groups.
-      offset: of levels from codes, as in `rounding.nearest_on_grid`.
+      halves: whether levels lie at half steps, as in `rounding.to_codes`.
       weight: of every element, broadcasts to x.
     """
 
     def error(fraction):
         candidate = fraction * widest
-        levels = rounding.to_codes(x, candidate, low, high, offset) + offset
-        rest = levels * candidate - x
+        codes = rounding.to_codes(x, candidate, low, high, halves)
+        rest = (codes + 0.5 if halves else codes) * candidate - x
         return sum_over(weight * rest**2, widest.shape)
 
     return widest * fraction(error, widest)

@@ -61,7 +61,7 @@ def lsq(
         else:
             least, most = (f(x, initial=0, **group) for f in (jnp.min, jnp.max))
             widest = least_error.widest(least, most, low + offset, high + offset)
-            step = least_error.step(x, widest, low, high, offset=offset)
+            step = least_error.step(x, widest, low, high, halves=balanced)
         limits = {"low": jnp.asarray(low, x.dtype), "high": jnp.asarray(high, x.dtype)}
         return {"step": step}, limits
 
@@ -71,12 +71,12 @@ def lsq(
         step = scale_gradient(step, scale(buffers["high"], leaf.size / step.size))
         x = leaf.astype(step.dtype)
         low, high = buffers["low"], buffers["high"]
-        return rounding.nearest_on_grid(x, step, low, high, offset).astype(leaf.dtype)
+        return rounding.nearest_on_grid(x, step, low, high, balanced).astype(leaf.dtype)
 
     def encode(leaf, learned, buffers):
         step = checks.fitting(positive(learned["step"]), leaf)
         low, high = buffers["low"], buffers["high"]
-        codes = rounding.to_codes(leaf.astype(step.dtype), step, low, high, offset)
+        codes = rounding.to_codes(leaf.astype(step.dtype), step, low, high, balanced)
         if not balanced:
             codes = codes.astype(qarray.code_dtype(bits))
             return qarray.Grid(codes, step, bits=bits, dtype=leaf.dtype)

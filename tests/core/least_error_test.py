@@ -24,7 +24,7 @@ def found(x, bits, offset=0.0, axes=None):
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     least, most = (f(x, axis=axes, keepdims=True, initial=0) for f in (jnp.min, jnp.max))
     widest = least_error.widest(least, most, low + offset, high + offset)
-    return widest, least_error.step(x, widest, low, high, offset=offset)
+    return widest, least_error.step(x, widest, low, high, halves=offset > 0)
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.5])

@@ -528,7 +528,7 @@ def test_encode_jits_and_has_an_abstract_form():
     assert abstract["Dense_0"]["kernel"].bits == 4
 
 
-@pytest.mark.parametrize("bias", ["overflow", "error"])
+@pytest.mark.parametrize("bias", [pytest.param("overflow", marks=pytest.mark.slow), "error"])
 def test_without_jit_all_is_the_same(bias):
     params = {"Dense_0": two_layers()["Dense_0"]}
     quantizer = qj.focused(4, min_separation=math.inf, refit_every=1, bias=bias)

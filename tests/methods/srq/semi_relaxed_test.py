@@ -53,15 +53,30 @@ CONFIGS = [
 ]
 
 
-@given(
+cases = given(
     config=st.sampled_from(CONFIGS),
     seed=st.integers(0, 2**32 - 1),
     alpha=st.floats(-3, 3).map(np.exp),
     ratio=st.floats(np.log(0.1), np.log(4)).map(np.exp),
     reach=st.sampled_from((0.8, 1.0, 1.2)),
 )
-@settings(max_examples=500, deadline=None, derandomize=True, phases=[Phase.generate])
+several = {"deadline": None, "derandomize": True, "phases": [Phase.generate]}
+
+
+@cases
+@settings(max_examples=60, **several)
 def test_closed_form_is_brute_force(config, seed, alpha, ratio, reach):
+    check_closed_form(config, seed, alpha, ratio, reach)
+
+
+@pytest.mark.slow
+@cases
+@settings(max_examples=500, **several)
+def test_closed_form_is_brute_force_at_all_widths(config, seed, alpha, ratio, reach):
+    check_closed_form(config, seed, alpha, ratio, reach)
+
+
+def check_closed_form(config, seed, alpha, ratio, reach):
     bits, signed, kind, estimator = config
     rng = np.random.default_rng(seed)
     # Numbers of float32, so that both precisions start from the same ones.
