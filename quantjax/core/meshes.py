@@ -21,6 +21,15 @@ def explicit_mesh(tree):
     return None
 
 
+def one_device(tree) -> bool:
+    """True where one device is all there is, so that leaves may be cut up and joined.
+
+    Under jit nobody can see whether an array lies on several devices: only their number tells.
+    """
+    manual = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+    return jax.device_count() == 1 and not manual and explicit_mesh(tree) is None
+
+
 def typed_as(like, fn: Callable, *args):
     """Returns fn(*args), whose results lie as the arrays of `like` do; a tree of its structure.
 

@@ -101,7 +101,8 @@ def _named(fn, name, doc):
     def named(*args, **kwargs):
         return fn(*args, **kwargs)
 
-    named.__name__ = named.__qualname__ = name
+    # Compiled programs have the short name: those that are kept on disk are files of that name.
+    named.__name__, named.__qualname__ = name.rsplit(".", 1)[-1], name
     named.__doc__ = doc
     return named
 
@@ -128,6 +129,7 @@ def leafwise(
     biases: bool = False,
     owns: Callable | None = None,
     check: Callable | None = None,
+    apply_all: Callable | None = None,
 ) -> Quantizer:
     """Makes a quantizer from functions of one leaf; everything about trees is done here.
 
@@ -142,6 +144,9 @@ def leafwise(
         dimensions.
       check: (learned, buffers) raises ValueError for a state that is not this quantizer's, as
         far as its numbers are concrete (`checks.width`).
+      apply_all: {path: (leaf, learned, buffers, key)} -> {path: leaf} of those that it takes, with
+        the values of `apply`; used where one device is all there is, for methods whose leaves
+        compile faster in one program (`pooled`).
 
     On Explicit meshes init, apply, update and penalty run as on Auto ones, and their results are
     sharded as the leaf and its state are. The quantizer raises ValueError where it owns nothing,
@@ -189,9 +194,19 @@ def leafwise(
         return out, lambda: rebuild({**flat, **out})
 
     def apply_tree(params, state, *, key=None):
+        together = {}
+
         def one(path, leaf, mine, buffers):
+            if path in together:
+                return together[path]
             return meshes.typed_as(leaf, apply, leaf, mine, buffers, paths_lib.leaf_key(key, path))
 
+        if apply_all is not None and meshes.one_device(params):
+
+            def gather(path, leaf, mine, buffers):
+                return leaf, mine, buffers, paths_lib.leaf_key(key, path)
+
+            together = apply_all(over(params, state, gather)[0])
         return over(params, state, one)[1]()
 
     def encode_tree(params, state):

@@ -16,11 +16,15 @@ from quantjax.lab.train.engine import Method
 from quantjax.methods.alq.multibit import multi_bit
 from quantjax.methods.alq.schedule import alq_rounds
 from quantjax.methods.alq.transformation import alq, alq_state
+from quantjax.methods.binary import binary
 from quantjax.methods.fq.focused import focused
+from quantjax.methods.lsq import lsq
+from quantjax.methods.proximal import annealed, parq, proximal, proximal_state
 from quantjax.methods.pruning import magnitude, surgery
 from quantjax.methods.psg import psg, scale_by_position
 from quantjax.methods.srq.relaxed import rq
 from quantjax.methods.srq.semi_relaxed import srq
+from quantjax.methods.ternary import ternary
 from quantjax.methods.uniform import uniform, zero
 
 # lambda_s by width, found on 300 held-out digits with three seeds (appendix G of the paper): the
@@ -70,15 +74,13 @@ def full_precision(total: int) -> Method:
     return Method(_momentum(optax.cosine_decay_schedule(0.05, total)))
 
 
-def _rounded(bits, total):
+def _rounded(bits, total, fit="max"):
     del total
-    return Plan(deploy=uniform(bits))
+    return Plan(deploy=uniform(bits, fit=fit))
 
 
-def _straight_through(bits, total):
-    return Plan(
-        Method(_momentum(optax.cosine_decay_schedule(0.01, total)), quantizer=uniform(bits))
-    )
+def _straight_through(quantizer, total):
+    return Plan(Method(_momentum(optax.cosine_decay_schedule(0.01, total)), quantizer=quantizer))
 
 
 def _psg(bits, total, directional=False):
@@ -100,10 +102,20 @@ def _psg_adam(bits, total):
     return Plan(Method(descent), uniform(bits))
 
 
-def _learned_grid(quantizer, total):
+def _adamw(total):
     rate = optax.warmup_cosine_decay_schedule(1e-4, 1e-3, total // 20, max(total, 2))
-    descent = optax.chain(optax.adamw(rate, weight_decay=0.01, mask=decay_mask), faster_masks())
-    return Plan(Method(descent, quantizer))
+    return optax.adamw(rate, weight_decay=0.01, mask=decay_mask)
+
+
+def _learned_grid(quantizer, total):
+    return Plan(Method(optax.chain(_adamw(total), faster_masks()), quantizer))
+
+
+def _parq(bits, total):
+    # On the grid for the last quarter: batch statistics and biases settle there.
+    target = uniform(bits, fit="error")
+    descent = proximal(_adamw(total), target, parq(annealed(max(1, 3 * total // 4))))
+    return Plan(Method(descent), target, proximal_state)
 
 
 def _rq(bits, total):
@@ -200,7 +212,47 @@ def faster_masks(factor: float = MASK_RATE) -> optax.GradientTransformation:
 
 METHODS = {
     "sgd": Entry("SGD, rounded", _rounded),
-    "uniform": Entry("straight-through", _straight_through, pretrained=True),
+    "sgd-least-error": Entry(
+        "SGD, rounded at least error", partial(_rounded, fit="error"), by_default=False
+    ),
+    "uniform": Entry(
+        "straight-through",
+        lambda bits, total: _straight_through(uniform(bits, fit="error"), total),
+        pretrained=True,
+    ),
+    "ternary": Entry(
+        "ternary",
+        lambda bits, total: _straight_through(ternary(), total),
+        True,
+        range(2, 3),
+        shared=False,
+    ),
+    "binary": Entry(
+        "binary",
+        lambda bits, total: _straight_through(binary(), total),
+        True,
+        range(1, 2),
+        1,
+        shared=False,
+        by_default=False,
+    ),
+    "lsq": Entry("LSQ", lambda bits, total: _learned_grid(lsq(bits), total), True, range(2, 9)),
+    "lsq-balanced": Entry(
+        "LSQ, levels at half steps",
+        lambda bits, total: _learned_grid(lsq(bits, balanced=True), total),
+        True,
+        range(1, 9),
+        by_default=False,
+    ),
+    "lq-net": Entry(
+        "LQ-Net",
+        lambda bits, total: _straight_through(multi_bit(bits, _pixels_or_channels), total),
+        True,
+        range(1, 9),
+        shared=False,
+        by_default=False,
+    ),
+    "parq": Entry("PARQ", _parq, True, by_default=False),
     "psg": Entry("PSG", _psg),
     "psg-directional": Entry("PSG, directional", lambda bits, total: _psg(bits, total, True)),
     "psg-adam": Entry("PSG with Adam", _psg_adam),

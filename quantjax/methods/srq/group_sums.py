@@ -15,8 +15,7 @@ CHUNK = 2**16  # elements of a part: the arrays of a computation on it stay in t
 def map_and_sum(fn, divisible: bool, *arrays):
     """Returns fn(*arrays), part by part where `divisible` and one CPU is all there is.
 
-    Parts are a reshape, which would gather what several devices hold; under jit nobody can see
-    whether an array is one of these, so only their number tells.
+    Parts are a reshape, which would gather what several devices hold.
 
     Args:
       fn: (*arrays) -> arrays of their shape. The first is returned as it is; the others are only
@@ -27,7 +26,8 @@ def map_and_sum(fn, divisible: bool, *arrays):
     shape, size = arrays[0].shape, arrays[0].size
     count = max(1, size // CHUNK)
     count = next((n for n in range(count, 2 * count) if size % n == 0), 1)
-    if count == 1 or not divisible or not _one_cpu(arrays):
+    in_parts = jax.default_backend() == "cpu" and meshes.one_device(arrays)
+    if count == 1 or not divisible or not in_parts:
         return fn(*arrays)
 
     def body(sums, part):
@@ -39,12 +39,6 @@ def map_and_sum(fn, divisible: bool, *arrays):
     start = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in results]
     sums, first = lax.scan(body, start, parts)
     return first.reshape(shape), *(part.sum() for part in sums)
-
-
-def _one_cpu(arrays):
-    # A mesh of one device may be Explicit, too, where reshapes raise.
-    mesh = meshes.explicit_mesh(arrays)
-    return jax.default_backend() == "cpu" and jax.device_count() == 1 and mesh is None
 
 
 def varying_alike(*arrays):

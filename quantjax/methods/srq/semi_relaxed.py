@@ -5,7 +5,6 @@ the probabilities of `categories`, in closed form and without ever forming them.
 the probabilities by hard concrete masks, one for each bit level of the grid.
 """
 
-import functools
 import math
 
 import jax
@@ -16,12 +15,13 @@ from quantjax.core import checks, first_pass, qarray, rounding
 from quantjax.core.quantizer import (
     InputQuantizer,
     Quantizer,
+    at,
     described,
     inputwise,
     leafwise,
 )
 from quantjax.methods import hard_concrete
-from quantjax.methods.srq import bit_masks, categories, group_sums, learned_grid, widths
+from quantjax.methods.srq import estimators, learned_grid, widths
 from quantjax.methods.srq.bit_masks import bit_levels, bit_penalty
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
     "srq_input",
 ]
 
-ESTIMATORS = ("mode", "expectation")
 MASK_PROBABILITY, MASK_DEVIATION = 0.9, 0.01  # appendix F
 
 
@@ -61,7 +60,7 @@ def quantize(x, alpha, sigma, *, bits, signed=True, masks=None, estimator="expec
         larger than that of x.
     """
     bits = checks.bits(bits, most=8)
-    checks.choice("estimator", estimator, ESTIMATORS)
+    checks.choice("estimator", estimator, estimators.KNOWN)
     checks.number("alpha", alpha, "positive", lambda a: a > 0)
     checks.number("sigma", sigma, "positive", lambda s: s > 0)
     x = jnp.asarray(x)
@@ -75,10 +74,10 @@ def quantize(x, alpha, sigma, *, bits, signed=True, masks=None, estimator="expec
         raise ValueError(f"alpha, sigma and groups of masks {shapes} are larger than x {x.shape}")
     if masks is None:
         ends = jnp.asarray(low, dtype), jnp.asarray(high, dtype)
-        return on_grid(x, alpha, sigma, *ends, estimator, 2**bits)
+        return estimators.on_grid(x, alpha, sigma, *ends, estimator, 2**bits)
     if not signed:
         raise ValueError("masks need a signed grid: an unsigned one has no symmetric levels")
-    return on_masked_grid(x, alpha, sigma, masks, bits, estimator)
+    return estimators.on_masked_grid(x, alpha, sigma, masks, bits, estimator)
 
 
 @described
@@ -121,7 +120,7 @@ def srq(
         learn_bits, `encode` under jit.
     """
     bits = checks.bits(bits, most=8)
-    checks.choice("estimator", estimator, ESTIMATORS)
+    checks.choice("estimator", estimator, estimators.KNOWN)
     dropbits = dropbits or learn_bits
     if dropbits and bits < 2:
         raise ValueError("DropBits needs at least 2 bits: a 1-bit grid has no bit levels")
@@ -155,8 +154,36 @@ def srq(
         alpha, sigma = learned_grid.positive(learned)
         checks.fitting(alpha, leaf)
         if not dropbits or key is None:
-            return on_grid(leaf, alpha, sigma, buffers["low"], buffers["high"], estimator)
-        return on_masked_grid(leaf, alpha, sigma, masks_of(learned, buffers, key), bits, estimator)
+            ends = buffers["low"], buffers["high"]
+            return estimators.on_grid(leaf, alpha, sigma, *ends, estimator)
+        masks = masks_of(learned, buffers, key)
+        return estimators.on_masked_grid(leaf, alpha, sigma, masks, bits, estimator)
+
+    def apply_all(leaves):
+        """One program for the leaves of one group and dtype: each alone compiles for long."""
+        masked = dropbits and any(key is not None for *_, key in leaves.values())
+        one = {
+            path: leaf
+            for path, leaf in leaves.items()
+            if leaf[1]["log_alpha"].size == 1 == leaf[1]["log_sigma"].size
+        }
+        if len(one) < 2 or len({learned["log_alpha"].dtype for _, learned, *_ in one.values()}) > 1:
+            return {}
+        masks = [None] * len(one)
+        if masked:
+            parts = [
+                ({"mask_logits": learned["mask_logits"]}, buffers, key)
+                for _, learned, buffers, key in one.values()
+            ]
+            stacked = jax.tree.map(lambda *each: jnp.stack(each), *parts)
+            masks = list(jax.vmap(masks_of)(*stacked))
+        grids = []
+        for (path, (leaf, learned, buffers, _)), mine in zip(one.items(), masks, strict=True):
+            alpha, sigma = learned_grid.positive(learned)
+            with at(path):
+                checks.fitting(alpha, leaf)
+            grids.append((leaf, alpha, sigma, mine, buffers["low"], buffers["high"]))
+        return dict(zip(one, estimators.on_grids(grids, bits, estimator), strict=True))
 
     def masks_of(learned, buffers, key):
         masks = hard_concrete.sample(key, _probabilities(learned), **shape)
@@ -210,7 +237,14 @@ def srq(
             checks.width(checks.width_of_codes(buffers["high"]), bits)
 
     return leafwise(
-        init, apply, encode, update, price if learn_bits else None, biases=biases, check=check
+        init,
+        apply,
+        encode,
+        update,
+        price if learn_bits else None,
+        biases=biases,
+        check=check,
+        apply_all=apply_all,
     )
 
 
@@ -234,7 +268,7 @@ def srq_input(
       ValueError: bits or estimator; a state of another width.
     """
     bits = checks.bits(bits, most=8)
-    checks.choice("estimator", estimator, ESTIMATORS)
+    checks.choice("estimator", estimator, estimators.KNOWN)
 
     fit = learned_grid.fit_inputs(bits, signed)
 
@@ -247,97 +281,9 @@ def srq_input(
             state = first_pass.go_on(x, state, fit, axis_name)
         alpha, sigma = learned_grid.positive(state.learned)
         low, high = state.buffers["low"], state.buffers["high"]
-        return on_grid(x, alpha, sigma, low, high, estimator), state
+        return estimators.on_grid(x, alpha, sigma, low, high, estimator), state
 
     return inputwise(init, apply, first_pass.check(bits))
-
-
-def on_grid(x, alpha, sigma, low, high, estimator, count=None):
-    """As `quantize` without masks, on the codes low .. high; count: their number, where known."""
-    x, alpha, sigma, *ends = group_sums.varying_alike(x, alpha, sigma, low, high)
-    return _quantize(x, alpha, sigma, None, tuple(ends), count, estimator)
-
-
-def on_masked_grid(x, alpha, sigma, masks, bits, estimator):
-    """As `quantize` with masks."""
-    cells = bit_masks.cells(bits, masks.shape[-1] if masks.ndim else 0)
-    return _quantize(*group_sums.varying_alike(x, alpha, sigma, masks), None, cells, estimator)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _quantize(x, alpha, sigma, masks, limits, layout, estimator):
-    """layout: the `Cells` of the masks, or without masks the number of codes, None if traced."""
-    del estimator
-    if masks is None:
-        codes = rounding.to_codes(x.astype(alpha.dtype), alpha, *limits)
-        return (codes * alpha).astype(x.dtype)
-    t = x.astype(alpha.dtype) * (1 / alpha)
-    codes = categories.masked_mode(t, alpha / sigma, layout, _lead(masks))
-    return (codes * alpha).astype(x.dtype)
-
-
-def _forward(x, alpha, sigma, masks, limits, layout, estimator):
-    x_hat = _quantize(x, alpha, sigma, masks, limits, layout, estimator)
-    return x_hat, (x, alpha, sigma, masks, limits)
-
-
-def _backward(layout, estimator, saved, cotangent):
-    x, alpha, sigma, masks, limits = saved
-    groups, shapes = jnp.broadcast_shapes(alpha.shape, sigma.shape), (alpha.shape, sigma.shape)
-    one_group, alpha, sigma = _groups(alpha, sigma, masks)
-    s = alpha / sigma
-
-    def estimate(t):
-        """An estimate, and how the cotangent of x_hat / alpha reaches the masks."""
-        if masks is not None and estimator == "mode":
-            return categories.masked_mode_estimate(t, s, layout, _lead(masks))
-        if masks is not None:
-            return categories.masked_expectation(t, s, layout, _lead(masks))
-        low, high = limits
-        if estimator == "mode":
-            found = categories.mode(t, s, jnp.clip(jnp.round(t), low, high), low, high)
-        else:
-            count = (high - low + 1).astype(jnp.int32) if layout is None else layout
-            found = categories.expectation(t, s, low, count)
-        return found, lambda _: []
-
-    def pull(x, cotangent):
-        dtype = x.dtype
-        x, cotangent = x.astype(alpha.dtype), cotangent.astype(alpha.dtype)
-        t = x * (1 / alpha)
-        found, to_masks = estimate(t)
-        by_s = cotangent * found.sds
-        by_alpha = cotangent * (found.value - t * found.dt) + by_s
-        return (
-            (cotangent * found.dt).astype(dtype),
-            by_alpha,
-            by_s,
-            *to_masks(cotangent * alpha),
-        )
-
-    dx, by_alpha, by_s, *by_masks = group_sums.map_and_sum(pull, one_group, x, cotangent)
-    of_masks = None
-    if masks is not None:
-        by_masks = jnp.stack([group_sums.sum_to(part, masks.shape[:-1]) for part in by_masks], -1)
-        of_masks = jnp.where(masks == 0, 0, by_masks)
-    by_alpha, by_s = (group_sums.sum_to(part, groups) for part in (by_alpha, by_s))
-    by_sigma = group_sums.sum_to(-s * by_s, shapes[1])
-    return dx, group_sums.sum_to(by_alpha, shapes[0]), by_sigma, of_masks, None
-
-
-_quantize.defvjp(_forward, _backward)
-
-
-def _groups(alpha, sigma, masks):
-    """Whether all of x has one grid, and then scalars: a part of x has another rank than x."""
-    one = alpha.size == sigma.size == 1 and (masks is None or masks.ndim == 1)
-    return (one, alpha.reshape(()), sigma.reshape(())) if one else (one, alpha, sigma)
-
-
-def _lead(masks):
-    """[*group, count] -> [1 + count, *group], the first for the codes that are never masked."""
-    masks = jnp.moveaxis(masks, -1, 0)
-    return jnp.concatenate([jnp.ones_like(masks, shape=(1, *masks.shape[1:])), masks])
 
 
 def _probabilities(learned):

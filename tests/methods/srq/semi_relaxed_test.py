@@ -9,7 +9,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from quantjax.methods.srq import group_sums, semi_relaxed
+from quantjax.methods.srq import estimators, group_sums, semi_relaxed
 from tests.methods.srq import srq_reference
 
 SIZE = 48
@@ -233,8 +233,8 @@ def test_expectation_is_smooth_at_the_edges(kind):
     def run(x, alpha, low, high):
         def quantize(x, alpha):
             if kind == "levels":
-                return semi_relaxed.on_masked_grid(x, alpha, 0.3 * alpha, masks, 3, "expectation")
-            return semi_relaxed.on_grid(x, alpha, 0.3 * alpha, low, high, "expectation")
+                return estimators.on_masked_grid(x, alpha, 0.3 * alpha, masks, 3, "expectation")
+            return estimators.on_grid(x, alpha, 0.3 * alpha, low, high, "expectation")
 
         _, pull = jax.vjp(quantize, x, jnp.broadcast_to(alpha, x.shape))
         return pull(jnp.ones_like(x))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import quantjax as qj
-from quantjax.methods.srq import semi_relaxed
+from quantjax.methods.srq import estimators, semi_relaxed
 
 PATH = "Dense_0/kernel"
 
@@ -101,7 +101,7 @@ def test_learned_widths_do_not_encode_under_jit():
             call(params, state)
 
 
-@pytest.mark.parametrize("estimator", semi_relaxed.ESTIMATORS)
+@pytest.mark.parametrize("estimator", estimators.KNOWN)
 @pytest.mark.parametrize("kind", ["srq", "dropbits", "learned"])
 def test_float32_stays_float32_in_x64_mode(kind, estimator):
     """No array of float64 in apply and its gradients, with a key or without."""

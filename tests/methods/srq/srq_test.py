@@ -10,7 +10,7 @@ import pytest
 
 import quantjax as qj
 from quantjax.methods import hard_concrete
-from quantjax.methods.srq import semi_relaxed, widths
+from quantjax.methods.srq import estimators, semi_relaxed, widths
 from tests import quick
 
 PATH = "Dense_0/kernel"
@@ -55,15 +55,22 @@ def test_deployment_is_algorithm_1():
 
 
 @pytest.mark.parametrize(
-    ("w", "reach"),
+    "w",
     [
-        (np.linspace(-1, 0.5, 50), 1.0),  # the largest weight
-        (np.append(np.full(999, 0.1), 100.0), 3 * np.sqrt(0.01 * 0.999 + 10.0)),  # outliers
+        np.linspace(-1, 0.5, 50),
+        np.append(np.full(999, 0.1), 2.0),  # an outlier
+        np.random.default_rng(0).normal(size=2000),
     ],
 )
-def test_first_grid_comes_from_the_range(w, reach):
-    learned = qj.srq(3).init(tree(w[:, None])).learned[PATH]
-    np.testing.assert_allclose(np.exp(learned["log_alpha"]), reach / 3, rtol=1e-5)
+@pytest.mark.parametrize("make", [qj.srq, qj.rq])
+def test_first_grid_is_that_of_least_squared_error(make, w):
+    learned = make(3).init(tree(w[:, None])).learned[PATH]
+
+    def error(alpha):
+        return np.sum((np.clip(np.round(w / alpha), -4, 3) * alpha - w) ** 2)
+
+    best = min(error(alpha) for alpha in np.geomspace(0.005, 1, 2000) * np.abs(w).max())
+    assert error(np.exp(np.float64(learned["log_alpha"]).item())) <= 1.02 * best
     np.testing.assert_allclose(learned["log_alpha"] - learned["log_sigma"], np.log(3), rtol=1e-5)
 
 
@@ -77,7 +84,7 @@ def test_first_mask_probabilities():
     np.testing.assert_allclose(jax.nn.sigmoid(exact), np.full(7, 0.9), rtol=1e-5)
 
 
-@pytest.mark.parametrize("estimator", semi_relaxed.ESTIMATORS)
+@pytest.mark.parametrize("estimator", estimators.KNOWN)
 def test_the_penalty_counts_what_apply_drops_with_the_same_key(estimator):
     bits, probs = 4, np.array([0.5, 0.35, 0.3])
     params = dense_grid(bits)
