@@ -163,19 +163,18 @@ def leafwise(
         if not mine:
             raise ValueError(_nothing(flat))
         learned, buffers = {}, {}
+        keys = paths_lib.leaf_keys(key, mine)
         for path in mine:
             leaf = flat[path]
             with at(path):
                 _check_leaf(leaf)
                 fn = functools.partial(init, path)
-                found, buffers[path] = meshes.shaped_as(
-                    leaf, fn, leaf, paths_lib.leaf_key(key, path)
-                )
+                found, buffers[path] = meshes.shaped_as(leaf, fn, leaf, keys[path])
             if found:
                 learned[path] = found
         return QuantState(learned, buffers)
 
-    def over(params, state, fn):
+    def over(params, state, key, fn):
         flat, rebuild = paths_lib.flatten(params)
         leaves = paths_lib.restrict(flat, state.buffers)
         unknown = [path for path in owns(flat) if path not in state.buffers]
@@ -184,54 +183,54 @@ def leafwise(
                 f"the state does not know {unknown}, and they would stay float: make a new state "
                 "with `init`, or give such leaves to None in a partition"
             )
-        out = {}
+        out, keys = {}, paths_lib.leaf_keys(key, leaves)
         for path, leaf in leaves.items():
             with at(path):
                 mine, buffers = state.learned.get(path, {}), state.buffers[path]
                 if check is not None:
                     check(mine, buffers)
-                out[path] = fn(path, leaf, mine, buffers)
+                out[path] = fn(path, leaf, mine, buffers, keys[path])
         return out, lambda: rebuild({**flat, **out})
 
     def apply_tree(params, state, *, key=None):
         together = {}
 
-        def one(path, leaf, mine, buffers):
+        def one(path, leaf, mine, buffers, key):
             if path in together:
                 return together[path]
-            return meshes.typed_as(leaf, apply, leaf, mine, buffers, paths_lib.leaf_key(key, path))
+            return meshes.typed_as(leaf, apply, leaf, mine, buffers, key)
 
         if apply_all is not None and meshes.one_device(params):
 
-            def gather(path, leaf, mine, buffers):
-                return leaf, mine, buffers, paths_lib.leaf_key(key, path)
+            def gather(path, *parts):
+                del path
+                return parts
 
-            together = apply_all(over(params, state, gather)[0])
-        return over(params, state, one)[1]()
+            together = apply_all(over(params, state, key, gather)[0])
+        return over(params, state, key, one)[1]()
 
     def encode_tree(params, state):
-        def one(path, leaf, mine, buffers):
-            del path
+        def one(path, leaf, mine, buffers, key):
+            del path, key
             checks.finite(leaf)
             return encode(leaf, mine, buffers)
 
-        return over(params, state, one)[1]()
+        return over(params, state, None, one)[1]()
 
     def update_tree(params, state, *, key=None):
-        def one(path, leaf, mine, buffers):
-            return meshes.typed_as(
-                buffers, update, leaf, mine, buffers, paths_lib.leaf_key(key, path)
-            )
+        def one(path, leaf, mine, buffers, key):
+            del path
+            return meshes.typed_as(buffers, update, leaf, mine, buffers, key)
 
-        return state._replace(buffers=over(params, state, one)[0])
+        return state._replace(buffers=over(params, state, key, one)[0])
 
     def penalty_tree(state, *, key=None):
         total = jnp.zeros((), jnp.float32)
+        keys = paths_lib.leaf_keys(key, state.buffers)
         for path, buffers in state.buffers.items():
             mine = state.learned.get(path, {})
             with at(path):
-                mine_key = paths_lib.leaf_key(key, path)
-                total += meshes.typed_as(total, penalty, mine, buffers, mine_key)
+                total += meshes.typed_as(total, penalty, mine, buffers, keys[path])
         return total
 
     return Quantizer(

@@ -69,6 +69,7 @@ def quantize_inputs(apply_fn: Callable, quantizer, where: str = ".*") -> Callabl
     @functools.wraps(apply_fn)
     def apply(*args, **kwargs):
         seen, loops = {}, []  # paths; the recurrent modules around a layer
+        names_of = functools.cache(_names)  # a quantizer's state has the same names in every layer
         rngs = kwargs.get("rngs")
         stochastic = isinstance(rngs, Mapping) and RNG_STREAM in rngs
 
@@ -86,7 +87,7 @@ def quantize_inputs(apply_fn: Callable, quantizer, where: str = ".*") -> Callabl
                     f"nn.scan or nn.vmap, split_rngs must name it: {{{RNG_STREAM!r}: True}}"
                 )
             x = inputs.as_float(x, module.dtype or module.param_dtype)
-            quantize = functools.partial(_quantize, chosen, module, path, loops)
+            quantize = functools.partial(_quantize, chosen, names_of, module, path, loops)
             return _around.get()(quantize, module, path, x)
 
         with (
@@ -212,11 +213,17 @@ def _at_recurrence(loops, seen, takes):
     return intercept
 
 
-def _quantize(quantizer, module, path, loops, x):
+def _names(init, dtype):
+    """Returns the names in the two dicts of a state, for inputs of any shape."""
+    state = jax.eval_shape(init, jax.ShapeDtypeStruct((1, 1), dtype))
+    return dict(zip(COLLECTIONS, map(tuple, state), strict=True))
+
+
+def _quantize(quantizer, names_of, module, path, loops, x):
     """Quantizes one layer's input, with the state in the layer's own scope."""
     scope, path = module.scope, path or "the model itself"
     with at(path):
-        names = dict(zip(COLLECTIONS, jax.eval_shape(quantizer.init, x), strict=True))
+        names = names_of(quantizer.init, x.dtype)
     missing = [
         (collection, name)
         for collection in COLLECTIONS

@@ -150,3 +150,19 @@ def test_as_the_quantizer_of_alq_through_all_phases():
                 )
     decoded = qj.decode(quantizer.encode(params, qj.alq_state(first)))
     equal(decoded, params)
+
+
+def test_layers_of_several_learned_widths_encode_at_the_widest():
+    params = make_params()
+    quantizer = qj.stacked(qj.srq(4, learn_bits=True), STACK)
+    state = quantizer.init(params)
+    # The highest mask that is kept says the width: 2, 4 and 3 bits.
+    logits = jnp.asarray([[3.0, -3.0, -3.0], [3.0, 3.0, 3.0], [3.0, 3.0, -3.0]])
+    for path in ("Stack_0/kernel", "Stack_1/kernel"):
+        state.learned[path]["mask_logits"] = logits
+    state = quantizer.update(params, state)
+    np.testing.assert_array_equal(state.buffers["Stack_0/kernel"]["width"], [2, 4, 3])
+    encoded = quantizer.encode(params, state)["Stack_0"]["kernel"].validate()
+    assert encoded.bits == 4
+    assert [int(jnp.min(codes)) for codes in encoded.codes] == [-2, -8, -4]
+    equal(encoded.decode(), jax.jit(quantizer.apply)(params, state)["Stack_0"]["kernel"])

@@ -74,7 +74,8 @@ def _backward(layout, estimator, saved, cotangent):
         by_x, *others = _pull(*parts, alpha, sigma, masks, limits, layout, estimator)
         return by_x.astype(x.dtype), *others
 
-    by_x, by_alpha, by_s, *by_masks = group_sums.map_and_sum(pull, one_group, x, cotangent)
+    sums = 2 + (0 if masks is None else masks.shape[-1])
+    by_x, by_alpha, by_s, *by_masks = group_sums.map_and_sum(pull, sums, one_group, x, cotangent)
     of_masks = None
     if masks is not None:
         by_masks = jnp.stack([group_sums.sum_to(part, masks.shape[:-1]) for part in by_masks], -1)

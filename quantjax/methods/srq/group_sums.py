@@ -7,19 +7,20 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType
 
-from quantjax.core import meshes
+from quantjax.core import meshes, rounding
 
 CHUNK = 2**16  # elements of a part: the arrays of a computation on it stay in the cache
 
 
-def map_and_sum(fn, divisible: bool, *arrays):
+def map_and_sum(fn, sums: int, divisible: bool, *arrays):
     """Returns fn(*arrays), part by part where `divisible` and one CPU is all there is.
 
     Parts are a reshape, which would gather what several devices hold.
 
     Args:
-      fn: (*arrays) -> arrays of their shape. The first is returned as it is; the others are only
-        ever summed over, and where divided come back as their sums.
+      fn: (*arrays) -> arrays of their shape. The first is returned as it is; the others, of the
+        dtype of work, are only ever summed over, and where divided come back as their sums.
+      sums: the number of these others.
       divisible: fn takes flat parts of the arrays, too.
       arrays: all of one shape.
     """
@@ -30,15 +31,14 @@ def map_and_sum(fn, divisible: bool, *arrays):
     if count == 1 or not divisible or not in_parts:
         return fn(*arrays)
 
-    def body(sums, part):
+    def body(before, part):
         first, *more = fn(*part)
-        return jax.tree.map(jnp.add, sums, more), first
+        return jax.tree.map(jnp.add, before, more), first
 
     parts = [array.reshape(count, -1) for array in arrays]
-    results = jax.eval_shape(fn, *(part[0] for part in parts))[1:]
-    start = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in results]
-    sums, first = lax.scan(body, start, parts)
-    return first.reshape(shape), *(part.sum() for part in sums)
+    start = [jnp.zeros(size // count, rounding.work_dtype(arrays[0].dtype))] * sums
+    found, first = lax.scan(body, start, parts)
+    return first.reshape(shape), *(part.sum() for part in found)
 
 
 def varying_alike(*arrays):
