@@ -20,8 +20,7 @@ def begin(x, fit: Callable, bits: int, axis_name=None) -> QuantState:
       bits: of the grid: says how fine the histogram is.
       axis_name: of `pmap` or `shard_map`, over whose devices is fitted.
 
-    The least input of that pass is kept: `summary` names layers whose signed grid meets no negative
-    one.
+    The least input seen is kept: `summary` names layers whose signed grid meets no negative one.
     """
     x = x.astype(rounding.work_dtype(x.dtype))
     seen = histograms.nothing(CELLS * 2 ** max(bits, 4), x.dtype)
@@ -35,15 +34,16 @@ def begin(x, fit: Callable, bits: int, axis_name=None) -> QuantState:
 def go_on(x, state: QuantState, fit: Callable, axis_name=None) -> QuantState:
     """Returns the state after another input: fitted again while the fitting pass lasts."""
     x = lax.stop_gradient(x.astype(state.buffers["least"].dtype))
+    least = jnp.minimum(state.buffers["least"], passes.least(x, axis_name))
 
     def again(x, buffers):
         seen = histograms.joined(x, buffers, axis_name)
         learned, found = fit(seen)
-        return learned, {**buffers, **found, **seen, "least": seen[histograms.LOW]}
+        return learned, {**buffers, **found, **seen, "least": least}
 
     def keep(x, buffers):
         del x
-        return state.learned, buffers
+        return state.learned, {**buffers, "least": least}
 
     return QuantState(*passes.moved(x, state.buffers, again, keep))
 

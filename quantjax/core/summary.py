@@ -109,7 +109,8 @@ def _notes(inputs):
     buffers = {}
     for key_path, value in jax.tree_util.tree_flatten_with_path(inputs.get("quant_stats", {}))[0]:
         layer, _, name = paths.path_name(key_path).rpartition("/")
-        buffers.setdefault(layer, {})[name] = np.min(value)
+        if name in ("low", "least"):
+            buffers.setdefault(layer, {})[name] = np.min(value)
     idle = [
         layer
         for layer, values in buffers.items()

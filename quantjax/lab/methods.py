@@ -96,9 +96,10 @@ def _psg(bits, total, directional=False):
 
 
 def _psg_adam(bits, total):
-    # Adam divides by the size of the gradient: the strength cancels.
+    # Before Adam's moments (appendix D.1). They divide by each weight's own size of gradients, so
+    # that of its distance only what eps holds against is left: a large eps keeps more of it.
     scale = scale_by_position(uniform(bits, momentum=0.1), strength=1.0)
-    descent = optax.chain(scale, optax.adam(optax.cosine_decay_schedule(0.01, total)))
+    descent = optax.chain(scale, optax.adam(optax.cosine_decay_schedule(0.01, total), eps=1e-4))
     return Plan(Method(descent), uniform(bits))
 
 

@@ -112,3 +112,15 @@ def test_groups_and_what_stays_float_are_seen():
     assert found == [3 * 6, 7, None, None]
     assert notes == ("not encoded, of two or more dimensions: pos",)
     assert "groups" in str(qj.summary(params))
+
+
+def test_inputs_of_a_fitted_network():
+    """What only the fitting pass needs has no elements afterwards."""
+    model = nn.Dense(3)
+    x = jnp.ones((4, 5))
+    variables = model.init(jax.random.key(0), x)
+    apply = qj.linen.quantize_inputs(model.apply, qj.srq_input(3, signed=True))
+    _, quant = apply(variables, x, mutable=["quant", "quant_stats"])
+    assert quant["quant_stats"]["cell_counts"].size == 0
+    encoded = qj.uniform(4).encode(variables["params"], qj.uniform(4).init(variables["params"]))
+    assert "half of a signed grid is idle" in str(qj.summary(encoded, inputs=quant))
