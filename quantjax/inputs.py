@@ -20,7 +20,7 @@ def by_pattern(quantizer) -> dict[str, InputQuantizer | None]:
         weights = [q for q in strange if isinstance(q, Quantizer)]
         hint = (
             f"; {weights[0]!r} is a Quantizer, it takes trees of params. Inputs of layers take "
-            "uniform_input, srq_input, rq_input or multi_bit_input"
+            "uniform_input, lsq_input, srq_input or multi_bit_input"
             if weights
             else ""
         )

@@ -17,6 +17,8 @@ QUANTIZERS = {
     "srq": qj.srq_input,
     "rq": qj.rq_input,
     "multi_bit": qj.multi_bit_input,
+    "lsq": qj.lsq_input,
+    "pact": qj.pact_input,
 }
 each = pytest.mark.parametrize("make", QUANTIZERS.values(), ids=QUANTIZERS)
 
