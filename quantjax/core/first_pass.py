@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from quantjax.core import checks, histograms, least_error, passes, rounding
-from quantjax.core.quantizer import QuantState
+from quantjax.core.quantizer import InputQuantizer, QuantState, inputwise
 
 CELLS = 64  # of the histogram, for every level, and for 16 levels at least
 
@@ -64,6 +64,26 @@ def least_error_step(seen: dict, low, high):
     widest = least_error.widest(*histograms.ends(seen), low, high)
     x, weight = histograms.points(seen)
     return least_error.step(x, widest[None], low, high, weight=weight)[0]
+
+
+def input_quantizer(fit: Callable, apply: Callable, bits: int, axis_name=None) -> InputQuantizer:
+    """Makes the quantizer of layer inputs that are fitted as `begin` and `go_on` do.
+
+    Args:
+      fit, bits, axis_name: as in `begin`; low and high are the outermost codes in the buffers.
+      apply: (x, learned, buffers) -> x_hat.
+    """
+
+    def init(x):
+        return begin(x, fit, bits, axis_name)
+
+    def run(x, state, key, update):
+        del key
+        if update:
+            state = go_on(x, state, fit, axis_name)
+        return apply(x, *state), state
+
+    return inputwise(init, run, check(bits))
 
 
 def check(bits: int) -> Callable:

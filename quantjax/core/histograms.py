@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from quantjax.core import passes
 
-COUNTS, OFFSETS = CELLS = passes.FITTING_ONLY
+COUNTS, OFFSETS = ARRAYS = passes.FITTING_ONLY
 LOW, HIGH = EXTENT = ("pass_low", "pass_high")
 
 

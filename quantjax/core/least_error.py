@@ -42,7 +42,7 @@ def step(x, widest, low, high, *, halves: bool = False, weight=1):
         candidate = fraction * widest
         codes = rounding.to_codes(x, candidate, low, high, halves)
         rest = (codes + 0.5 if halves else codes) * candidate - x
-        return sum_over(weight * rest**2, widest.shape)
+        return _sum_over(weight * rest**2, widest.shape)
 
     return widest * fraction(error, widest)
 
@@ -73,7 +73,7 @@ def fraction(error: Callable, like):
     return search(FINE, best[0], best)[0]
 
 
-def sum_over(x, group):
+def _sum_over(x, group):
     """Returns the sums over the axes of length 1 in `group`, kept, that x has longer."""
     axes = tuple(axis for axis, kept in enumerate(group) if kept == 1)
     return jnp.sum(x, axis=axes, keepdims=True) if group else jnp.sum(x)

@@ -174,7 +174,8 @@ def leafwise(
                 learned[path] = found
         return QuantState(learned, buffers)
 
-    def over(params, state, key, fn):
+    def gather(params, state, key=None):
+        """Returns {path: (leaf, learned, buffers, key)}, and what puts leaves in their place."""
         flat, rebuild = paths_lib.flatten(params)
         leaves = paths_lib.restrict(flat, state.buffers)
         unknown = [path for path in owns(flat) if path not in state.buffers]
@@ -183,46 +184,44 @@ def leafwise(
                 f"the state does not know {unknown}, and they would stay float: make a new state "
                 "with `init`, or give such leaves to None in a partition"
             )
-        out, keys = {}, paths_lib.leaf_keys(key, leaves)
-        for path, leaf in leaves.items():
+        keys = paths_lib.leaf_keys(key, leaves)
+        parts = {
+            path: (leaf, state.learned.get(path, {}), state.buffers[path], keys[path])
+            for path, leaf in leaves.items()
+        }
+        if check is not None:
+            each(parts, lambda leaf, learned, buffers, key: check(learned, buffers))
+        return parts, lambda out: rebuild({**flat, **out})
+
+    def each(parts, fn):
+        out = {}
+        for path, mine in parts.items():
             with at(path):
-                mine, buffers = state.learned.get(path, {}), state.buffers[path]
-                if check is not None:
-                    check(mine, buffers)
-                out[path] = fn(path, leaf, mine, buffers, keys[path])
-        return out, lambda: rebuild({**flat, **out})
+                out[path] = fn(*mine)
+        return out
 
     def apply_tree(params, state, *, key=None):
-        together = {}
-
-        def one(path, leaf, mine, buffers, key):
-            if path in together:
-                return together[path]
-            return meshes.typed_as(leaf, apply, leaf, mine, buffers, key)
-
-        if apply_all is not None and meshes.one_device(params):
-
-            def gather(path, *parts):
-                del path
-                return parts
-
-            together = apply_all(over(params, state, key, gather)[0])
-        return over(params, state, key, one)[1]()
+        parts, rebuild = gather(params, state, key)
+        with_others = apply_all is not None and meshes.one_device(params)
+        together = apply_all(parts) if with_others else {}
+        alone = {path: mine for path, mine in parts.items() if path not in together}
+        out = each(alone, lambda leaf, *mine: meshes.typed_as(leaf, apply, leaf, *mine))
+        return rebuild({**together, **out})
 
     def encode_tree(params, state):
-        def one(path, leaf, mine, buffers, key):
-            del path, key
+        def one(leaf, learned, buffers, key):
+            del key
             checks.finite(leaf)
-            return encode(leaf, mine, buffers)
+            return encode(leaf, learned, buffers)
 
-        return over(params, state, None, one)[1]()
+        parts, rebuild = gather(params, state)
+        return rebuild(each(parts, one))
 
     def update_tree(params, state, *, key=None):
-        def one(path, leaf, mine, buffers, key):
-            del path
-            return meshes.typed_as(buffers, update, leaf, mine, buffers, key)
+        def one(leaf, learned, buffers, key):
+            return meshes.typed_as(buffers, update, leaf, learned, buffers, key)
 
-        return state._replace(buffers=over(params, state, key, one)[0])
+        return state._replace(buffers=each(gather(params, state, key)[0], one))
 
     def penalty_tree(state, *, key=None):
         total = jnp.zeros((), jnp.float32)

@@ -112,6 +112,11 @@ def _learned_grid(quantizer, total):
     return Plan(Method(optax.chain(_adamw(total), faster_masks()), quantizer))
 
 
+def _by(train, make):
+    """Returns the plan (bits, total) that trains with make(bits)."""
+    return lambda bits, total: train(make(bits), total)
+
+
 def _parq(bits, total):
     # On the grid for the last quarter: batch statistics and biases settle there.
     target = uniform(bits, fit="error")
@@ -217,37 +222,36 @@ METHODS = {
         "SGD, rounded at least error", partial(_rounded, fit="error"), by_default=False
     ),
     "uniform": Entry(
-        "straight-through",
-        lambda bits, total: _straight_through(uniform(bits, fit="error"), total),
-        pretrained=True,
+        "straight-through", _by(_straight_through, partial(uniform, fit="error")), pretrained=True
     ),
     "ternary": Entry(
         "ternary",
-        lambda bits, total: _straight_through(ternary(), total),
+        _by(_straight_through, lambda bits: ternary()),
         True,
         range(2, 3),
         shared=False,
+        by_default=False,
     ),
     "binary": Entry(
         "binary",
-        lambda bits, total: _straight_through(binary(), total),
+        _by(_straight_through, lambda bits: binary()),
         True,
         range(1, 2),
         1,
         shared=False,
         by_default=False,
     ),
-    "lsq": Entry("LSQ", lambda bits, total: _learned_grid(lsq(bits), total), True, range(2, 9)),
+    "lsq": Entry("LSQ", _by(_learned_grid, lsq), True, range(2, 9)),
     "lsq-balanced": Entry(
         "LSQ, levels at half steps",
-        lambda bits, total: _learned_grid(lsq(bits, balanced=True), total),
+        _by(_learned_grid, partial(lsq, balanced=True)),
         True,
         range(1, 9),
         by_default=False,
     ),
     "lq-net": Entry(
         "LQ-Net",
-        lambda bits, total: _straight_through(multi_bit(bits, _pixels_or_channels), total),
+        _by(_straight_through, lambda bits: multi_bit(bits, _pixels_or_channels)),
         True,
         range(1, 9),
         shared=False,

@@ -69,7 +69,7 @@ def quantize_inputs(apply_fn: Callable, quantizer, where: str = ".*") -> Callabl
     @functools.wraps(apply_fn)
     def apply(*args, **kwargs):
         seen, loops = {}, []  # paths; the recurrent modules around a layer
-        names_of = functools.cache(_names)  # a quantizer's state has the same names in every layer
+        names_of = {}  # a quantizer's state has the same names in every layer
         rngs = kwargs.get("rngs")
         stochastic = isinstance(rngs, Mapping) and RNG_STREAM in rngs
 
@@ -213,17 +213,15 @@ def _at_recurrence(loops, seen, takes):
     return intercept
 
 
-def _names(init, dtype):
-    """Returns the names in the two dicts of a state, for inputs of any shape."""
-    state = jax.eval_shape(init, jax.ShapeDtypeStruct((1, 1), dtype))
-    return dict(zip(COLLECTIONS, map(tuple, state), strict=True))
-
-
 def _quantize(quantizer, names_of, module, path, loops, x):
     """Quantizes one layer's input, with the state in the layer's own scope."""
     scope, path = module.scope, path or "the model itself"
-    with at(path):
-        names = names_of(quantizer.init, x.dtype)
+    if quantizer not in names_of:
+        with at(path):
+            names_of[quantizer] = dict(
+                zip(COLLECTIONS, jax.eval_shape(quantizer.init, x), strict=True)
+            )
+    names = names_of[quantizer]
     missing = [
         (collection, name)
         for collection in COLLECTIONS

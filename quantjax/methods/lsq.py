@@ -7,13 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from quantjax.core import checks, first_pass, histograms, least_error, qarray, rounding
-from quantjax.core.quantizer import (
-    InputQuantizer,
-    Quantizer,
-    described,
-    inputwise,
-    leafwise,
-)
+from quantjax.core.quantizer import InputQuantizer, Quantizer, described, leafwise
 
 FITS = ("error", "mean")
 
@@ -123,21 +117,14 @@ def lsq_input(
             step = jnp.where(mean > 0, 2 * mean / jnp.sqrt(jnp.maximum(high, 1)), step)
         return {"step": step}, {"low": low, "high": high}
 
-    def init(x):
-        return first_pass.begin(x, find, bits, axis_name)
-
-    def apply(x, state, key, update):
-        del key
-        if update:
-            state = first_pass.go_on(x, state, find, axis_name)
-        low, high = state.buffers["low"], state.buffers["high"]
+    def apply(x, learned, buffers):
         features = math.prod(x.shape[1:])
-        scale = 1 / jnp.sqrt(features * jnp.maximum(high, 1))
-        step = scale_gradient(positive(state.learned["step"]), scale)
-        x_hat = rounding.nearest_on_grid(x.astype(step.dtype), step, low, high)
-        return x_hat.astype(x.dtype), state
+        scale = 1 / jnp.sqrt(features * jnp.maximum(buffers["high"], 1))
+        step = scale_gradient(positive(learned["step"]), scale)
+        low, high = buffers["low"], buffers["high"]
+        return rounding.nearest_on_grid(x.astype(step.dtype), step, low, high).astype(x.dtype)
 
-    return inputwise(init, apply, first_pass.check(bits))
+    return first_pass.input_quantizer(find, apply, bits, axis_name)
 
 
 def positive(step):

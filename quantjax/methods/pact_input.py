@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from quantjax.core import checks, first_pass, histograms, rounding
-from quantjax.core.quantizer import InputQuantizer, described, inputwise
+from quantjax.core.quantizer import InputQuantizer, described
 
 DECAY = 2e-4  # the paper's, for ResNet-20 on CIFAR-10
 
@@ -24,7 +24,7 @@ def pact_input(
     """Clips layer inputs to [0, alpha] and rounds them to even steps; alpha is learned.
 
     Args:
-      bits: 1..8; 2..8 with signed=True.
+      bits: 2..8; 1..8 with signed=False, since a signed grid has three levels or more.
       clip: alpha at first, positive; None: the largest input of the first pass.
       decay: lambda >= 0 of the L2 term lambda alpha**2 / 2: every call of a layer adds lambda alpha
         to the gradient of its alpha, so that no loop has to; loss scaling does not scale it.
@@ -39,7 +39,7 @@ def pact_input(
     Raises:
       ValueError: an argument out of its range; a state of another width.
     """
-    bits = checks.bits(bits, 2 if signed else 1, 8)
+    bits = checks.bits(bits, 1 if signed is False else 2, 8)
     if not (math.isfinite(decay) and decay >= 0):
         raise ValueError(f"decay must be finite and >= 0, got {decay!r}")
     if clip is not None:
@@ -48,32 +48,18 @@ def pact_input(
     def fit(seen):
         least, most = histograms.ends(seen)
         negative = least < 0 if signed is None else jnp.asarray(signed)
-        half = max(1, 2 ** (bits - 1) - 1)
-        high = jnp.where(negative, half, 2**bits - 1).astype(most.dtype)
+        high = jnp.where(negative, 2 ** (bits - 1) - 1, 2**bits - 1).astype(most.dtype)
         low = jnp.where(negative, -high, 0)
-        if clip is None:
-            bound = jnp.maximum(most, jnp.where(negative, -least, 0))
-            bound = rounding.positive(bound)
-        else:
-            bound = jnp.asarray(clip, most.dtype)
-        return {"clip": bound}, {"low": low, "high": high, "width": jnp.asarray(bits, jnp.int32)}
+        largest = rounding.positive(jnp.maximum(most, jnp.where(negative, -least, 0)))
+        bound = largest if clip is None else jnp.asarray(clip, most.dtype)
+        return {"clip": bound}, {"low": low, "high": high}
 
-    def init(x):
-        return first_pass.begin(x, fit, bits, axis_name)
+    def apply(x, learned, buffers):
+        bound = _decayed(learned["clip"], decay)
+        low, high = buffers["low"], buffers["high"]
+        return _clipped(x.astype(bound.dtype), bound, low, high).astype(x.dtype)
 
-    def apply(x, state, key, update):
-        del key
-        if update:
-            state = first_pass.go_on(x, state, fit, axis_name)
-        bound = _decayed(state.learned["clip"], decay)
-        low, high = state.buffers["low"], state.buffers["high"]
-        return _clipped(x.astype(bound.dtype), bound, low, high).astype(x.dtype), state
-
-    def check(learned, buffers):
-        checks.names(learned, {}, {"clip"}, {})
-        checks.width(buffers["width"], bits)
-
-    return inputwise(init, apply, check)
+    return first_pass.input_quantizer(fit, apply, bits, axis_name)
 
 
 def _least(bound):

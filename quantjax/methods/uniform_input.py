@@ -60,7 +60,7 @@ def uniform_input(
         return join(x, seen, axis_name)
 
     def written(seen):
-        cells = [seen[name] for name in histograms.CELLS if name in seen]
+        cells = [seen[name] for name in histograms.ARRAYS if name in seen]
         kept = {name: seen[name] for name in histograms.EXTENT}
         return kept | ({"pass_cells": jnp.stack(cells)} if cells else {})
 
@@ -69,7 +69,7 @@ def uniform_input(
         begins = buffers[passes.JOINS] == passes.NEW
         seen = {name: buffers[name] for name in histograms.EXTENT}
         if fit != "range":
-            seen |= dict(zip(histograms.CELLS, buffers["pass_cells"], strict=True))
+            seen |= dict(zip(histograms.ARRAYS, buffers["pass_cells"], strict=True))
         empty = nothing(buffers["step"].dtype)
         return {name: jnp.where(begins, empty[name], seen[name]) for name in seen}
 

@@ -30,13 +30,13 @@ def layout(tree):
 
 
 @pytest.mark.usefixtures("few_programs")
-@pytest.mark.parametrize("name", methods.DEFAULT)
+@pytest.mark.parametrize("name", [name for name in methods.METHODS if name != "alq-0.5"])
 def test_every_method_trains_and_ships_at_every_width(name, task):
     entry = methods.METHODS[name]
     steps, layouts, ends = None, [], {}
     widths = entry.chosen(WIDTHS)
     usual = WIDTHS if 2 in entry.widths else (4, 3)
-    assert widths == {"pruned": (32,), "ternary": (2,)}.get(name, usual)
+    assert widths == {"pruned": (32,), "ternary": (2,), "binary": (1,)}.get(name, usual)
     for bits in widths if entry.shared else widths[-1:]:
         plan = entry.plan(bits, TOTAL)
         variables, state = toy_task.start(task), None

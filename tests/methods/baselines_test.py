@@ -203,6 +203,7 @@ def test_a_bound_below_zero_grows_again():
         (lambda: qj.dorefa(0), "bits must be a whole number in 1..8"),
         (lambda: qj.dorefa_input(17), "bits"),
         (lambda: qj.pact_input(1, signed=True), "bits must be a whole number in 2..8"),
+        (lambda: qj.pact_input(1), "bits must be a whole number in 2..8"),
         (lambda: qj.pact_input(2, clip=-1.0), "clip must be positive"),
         (lambda: qj.pact_input(2, decay=-1.0), "decay must be finite and >= 0"),
     ],

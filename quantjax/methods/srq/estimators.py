@@ -92,7 +92,7 @@ _quantize.defvjp(_forward, _backward)
 def _quantize_all(xs, alphas, sigmas, masks, limits, layout, estimator):
     """As `_quantize`, of lists; every alpha and sigma is a scalar."""
     del estimator
-    if masks[0] is None:  # a kernel or two: nothing to share
+    if masks[0] is None:  # rounding alone fuses with whatever uses it
         parts = zip(xs, alphas, sigmas, masks, limits, strict=True)
         return [
             _rounded(x.astype(alpha.dtype), alpha, *rest, layout).astype(x.dtype)

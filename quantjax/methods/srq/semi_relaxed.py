@@ -17,7 +17,6 @@ from quantjax.core.quantizer import (
     Quantizer,
     at,
     described,
-    inputwise,
     leafwise,
 )
 from quantjax.methods import hard_concrete
@@ -270,20 +269,12 @@ def srq_input(
     bits = checks.bits(bits, most=8)
     checks.choice("estimator", estimator, estimators.KNOWN)
 
+    def apply(x, learned, buffers):
+        alpha, sigma = learned_grid.positive(learned)
+        return estimators.on_grid(x, alpha, sigma, buffers["low"], buffers["high"], estimator)
+
     fit = learned_grid.fit_inputs(bits, signed)
-
-    def init(x):
-        return first_pass.begin(x, fit, bits, axis_name)
-
-    def apply(x, state, key, update):
-        del key
-        if update:
-            state = first_pass.go_on(x, state, fit, axis_name)
-        alpha, sigma = learned_grid.positive(state.learned)
-        low, high = state.buffers["low"], state.buffers["high"]
-        return estimators.on_grid(x, alpha, sigma, low, high, estimator), state
-
-    return inputwise(init, apply, first_pass.check(bits))
+    return first_pass.input_quantizer(fit, apply, bits, axis_name)
 
 
 def _probabilities(learned):
