@@ -166,3 +166,19 @@ def test_layers_of_several_learned_widths_encode_at_the_widest():
     assert encoded.bits == 4
     assert [int(jnp.min(codes)) for codes in encoded.codes] == [-2, -8, -4]
     equal(encoded.decode(), jax.jit(quantizer.apply)(params, state)["Stack_0"]["kernel"])
+
+
+def test_every_layer_draws_on_its_own():
+    """Equal layers under one key: equal draws would tie the noise of a whole network together."""
+    same = jnp.broadcast_to(make_params()["Dense_0"]["kernel"], (LAYERS, 8, 4))
+    params = {"Stack_0": {"kernel": same}}
+    quantizer = qj.stacked(qj.rq(3), STACK)
+    state = quantizer.init(params)
+    apply = jax.jit(quantizer.apply)
+    drawn = apply(params, state, key=jax.random.key(0))["Stack_0"]["kernel"]
+    for i in range(LAYERS):
+        for j in range(i):
+            assert np.mean(np.asarray(drawn[i] != drawn[j])) > 0.5
+    equal(apply(params, state, key=jax.random.key(0))["Stack_0"]["kernel"], drawn)
+    plain = apply(params, state)["Stack_0"]["kernel"]
+    equal(plain[1:], plain[:-1])
