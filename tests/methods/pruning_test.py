@@ -437,4 +437,4 @@ def test_groups_that_straddle_devices_are_not_gathered(m):
 
 def test_quantizers_say_what_they_are():
     assert repr(qj.magnitude(0.25)) == "magnitude(0.25)"
-    assert qj.n_m(2, 4).apply.__name__ == "n_m(2, 4).apply"
+    assert qj.n_m(2, 4).apply.__qualname__ == "n_m(2, 4).apply"
