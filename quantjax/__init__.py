@@ -15,7 +15,8 @@ from quantjax.core.quantizer import (
     owned,
 )
 from quantjax.core.stacked import stacked
-from quantjax.core.summary import summary
+from quantjax.encoded.storage import load, save
+from quantjax.encoded.summary import summary
 from quantjax.methods.alq.multibit import average_bits, multi_bit, sketch, storage_bits
 from quantjax.methods.alq.multibit_input import multi_bit_input
 from quantjax.methods.alq.schedule import Phase, alq_rounds
@@ -68,6 +69,7 @@ __all__ = [
     "hard",
     "leafwise",
     "linen",
+    "load",
     "lsq",
     "lsq_input",
     "magnitude",
@@ -91,6 +93,7 @@ __all__ = [
     "rounding",
     "rq",
     "rq_input",
+    "save",
     "scale_by_position",
     "sketch",
     "srq",

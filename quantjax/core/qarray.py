@@ -28,12 +28,15 @@ def code_dtype(bits: int, *, signed: bool = True):
     return np.dtype(f"{'int' if signed else 'uint'}{8 if bits <= 8 else 16}")
 
 
-@_encoded("bits", "dtype")
+@_encoded("bits", "dtype", "levels")
 class Grid:
     """A uniform grid: integer codes times a step.
 
+    Codes reach from -(levels // 2) upwards: 2**bits levels, or one less for a narrow grid, which
+    is symmetric. Three levels are stored five to a byte, others at `bits` bits each.
+
     Invariants, checked by `validate`:
-      codes is an integer array that fits in `bits` bits, signed;
+      codes is an integer array of at most `levels` levels, which fit in `bits` bits, signed;
       step is a positive, finite float array with the rank of codes, each dimension 1 or equal.
     """
 
@@ -41,6 +44,11 @@ class Grid:
     step: jax.Array  # [*group], float
     bits: int
     dtype: np.dtype
+    levels: int | None = None  # None: 2**bits
+
+    def __post_init__(self):
+        if self.levels is None:
+            object.__setattr__(self, "levels", 2**self.bits)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -50,7 +58,7 @@ class Grid:
     @property
     def nbits(self) -> int:
         """The number of bits that storage writes: one padded stream of codes, and the steps."""
-        return _stream(self.codes.size * self.bits) + _bits_of(self.step)
+        return 8 * stream_bytes(self.codes.size, self.levels) + _bits_of(self.step)
 
     def decode(self):
         """Returns `codes * step` in `dtype`."""
@@ -58,13 +66,16 @@ class Grid:
 
     def validate(self) -> "Grid":
         """Returns itself; raises ValueError, naming the invariant, if one is broken."""
-        low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        low = -(self.levels // 2)
+        high = low + self.levels - 1
         codes, step = np.asarray(self.codes), np.asarray(self.step, np.float64)
         _check(np.issubdtype(codes.dtype, np.integer), f"codes are {codes.dtype}, not integers")
         _check_float("step", self.step)
         outside = codes.size and (codes.min() < low or codes.max() > high)
-        _check(not outside, f"codes leave {low}..{high}, the range of {self.bits} bits")
-        _check(_kept(step.shape, codes.shape), f"step {step.shape} beside codes {codes.shape}")
+        fits = 2 ** (self.bits - 1) < self.levels <= 2**self.bits
+        _check(fits, f"{self.levels} levels of {self.bits} bits")
+        _check(not outside, f"codes leave {low}..{high}, the range of {self.levels} levels")
+        _check(kept_dims(step.shape, codes.shape), f"step {step.shape} beside codes {codes.shape}")
         _check(np.all(np.isfinite(step) & (step > 0)), "steps are not all positive and finite")
         return self
 
@@ -91,7 +102,7 @@ class Table:
     @property
     def nbits(self) -> int:
         """The number of bits that storage writes: one padded stream of codes, and the tables."""
-        return _stream(self.codes.size * self.bits) + _bits_of(self.levels)
+        return 8 * stream_bytes(self.codes.size, 2**self.bits) + _bits_of(self.levels)
 
     def decode(self):
         """Returns the level of every code in `dtype`."""
@@ -108,7 +119,9 @@ class Table:
         _check_float("levels", self.levels)
         _check(not codes.size or codes.max() < 2**self.bits, f"codes reach 2**{self.bits}")
         _check(levels.shape[-1:] == (2**self.bits,), f"{levels.shape[-1:]} levels, not 2**bits")
-        _check(_kept(levels.shape[:-1], codes.shape), f"levels {levels.shape}, codes {codes.shape}")
+        _check(
+            kept_dims(levels.shape[:-1], codes.shape), f"levels {levels.shape}, codes {codes.shape}"
+        )
         _check(np.all(np.isfinite(levels)), "levels are not all finite")
         return self
 
@@ -160,7 +173,7 @@ class MultiBit:
         counts = kept.sum(axis=-1)
         width = math.ceil(math.log2(int(counts.max(initial=0)) + 1))
         stream = group_size * int(counts.sum()) + width * counts.size
-        return _stream(stream) + int(counts.sum()) * self.coords.dtype.itemsize * 8
+        return 8 * stream_bytes(stream, 2) + int(counts.sum()) * self.coords.dtype.itemsize * 8
 
     def decode(self):
         """Returns the masked sum over the slots in `dtype`."""
@@ -181,7 +194,7 @@ class MultiBit:
         _check_float("coords", self.coords)
         _check(coords.shape == mask.shape, f"coords {coords.shape} beside mask {mask.shape}")
         same_slots = coords.shape[-1:] == basis.shape[-1:]
-        kept = same_slots and _kept(coords.shape[:-1], basis.shape[:-1])
+        kept = same_slots and kept_dims(coords.shape[:-1], basis.shape[:-1])
         _check(kept, f"coords {coords.shape} beside basis {basis.shape}")
         _check(np.all(np.isfinite(coords)), "coords are not all finite")
         _check(np.all(coords >= 0), "coords are negative")
@@ -215,15 +228,40 @@ def nbits(leaf) -> int:
     return leaf.nbits if is_encoded(leaf) else _bits_of(leaf)
 
 
-def _stream(bits: int) -> int:
-    return 8 * math.ceil(bits / 8)
+def stream_bytes(count: int, levels: int) -> int:
+    """Returns the bytes of a stream of `count` symbols below `levels`, padded once at its end."""
+    return math.ceil(count / 5) if levels == 3 else math.ceil(count * width(levels) / 8)
+
+
+def width(levels: int) -> int:
+    """Returns the bits of one symbol below `levels`; 0 where there is one symbol only."""
+    return (levels - 1).bit_length()
+
+
+def alphabet(leaf) -> int:
+    """Returns the number of symbols of a Grid or a Table."""
+    return leaf.levels if isinstance(leaf, Grid) else 2**leaf.bits
+
+
+def symbols(leaf):
+    """Returns the codes of a Grid or a Table as 0..alphabet-1, uint8 or uint16 `[*shape]`."""
+    dtype = code_dtype(leaf.bits, signed=False)
+    if isinstance(leaf, Grid):
+        return (leaf.codes.astype(np.int32) + leaf.levels // 2).astype(dtype)
+    return leaf.codes.astype(dtype)
+
+
+def grid_codes(symbols, levels: int, bits: int):
+    """Returns the codes of a Grid from `symbols`."""
+    return (symbols.astype(np.int32) - levels // 2).astype(code_dtype(bits))
 
 
 def _bits_of(array) -> int:
     return array.size * array.dtype.itemsize * 8
 
 
-def _kept(group, shape) -> bool:
+def kept_dims(group, shape) -> bool:
+    """True for a shape of the same rank, each dimension 1 or equal."""
     return len(group) == len(shape) and all(g in (1, n) for g, n in zip(group, shape, strict=True))
 
 

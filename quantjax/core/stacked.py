@@ -184,6 +184,8 @@ def _stack_encoded(layers, lead):
     if not qarray.is_encoded(first):
         return _stack(layers, lead)
     if "bits" in {field.name for field in dataclasses.fields(first)}:
-        widest = max(layer.bits for layer in layers)
-        layers = [dataclasses.replace(layer, bits=widest) for layer in layers]
+        widest = {"bits": max(layer.bits for layer in layers)}
+        if isinstance(first, qarray.Grid):
+            widest["levels"] = max(layer.levels for layer in layers)
+        layers = [dataclasses.replace(layer, **widest) for layer in layers]
     return jax.tree.map(lambda *arrays: _stack(arrays, lead), *layers)

@@ -1,10 +1,8 @@
-"""How small the symbols of encoded leaves can be made: entropy, and sizes to expect of coders.
+"""Entropy coding of symbols, by the constriction library, and how small leaves become by it.
 
-The sizes are estimates: they count the bits that a coder of the kind writes for the codes of a
-leaf, and what it must write beside them to be read again.
+Constriction reads over damaged data in silence: check a digest before `decode`.
 """
 
-import heapq
 import math
 from typing import NamedTuple
 
@@ -13,33 +11,10 @@ import numpy as np
 
 from quantjax.core import qarray
 
-LENGTH_BITS = 5  # of a code length in a canonical Huffman table
-ANS_BITS = 12  # of a frequency: they sum to 2**12
-STATE_BITS = 32  # of the state that an ANS stream ends with
-
-
-class CodeSize(NamedTuple):
-    """Bits of the codes of a leaf, levels or steps apart."""
-
-    symbols: int  # codes in the leaf
-    fixed: float  # all codes as wide as the widest
-    entropy: float  # symbols times the entropy of their distribution
-    huffman: float  # with the table of code lengths; never below one bit a symbol
-    ans: float  # with the table of frequencies and the final state
-
-
-def symbol_counts(leaf) -> np.ndarray:
-    """Returns how often every code of a Grid or a Table occurs: 2**bits counts.
-
-    Raises:
-      ValueError: another leaf.
-    """
-    if not isinstance(leaf, qarray.Grid | qarray.Table):
-        raise ValueError(f"a {type(leaf).__name__} has no codes to count")
-    codes = np.asarray(leaf.codes).astype(np.int64).ravel()
-    if isinstance(leaf, qarray.Grid):
-        codes = codes + 2 ** (leaf.bits - 1)
-    return np.bincount(codes, minlength=2**leaf.bits)
+CODERS = ("ans", "huffman")
+TABLE_SUM = 2**16 - 1  # of the frequencies of a table, about: each takes two bytes
+CHUNK = 2**20  # symbols at once: int32 for the library, one or two bytes for what is kept
+WORD = 4  # bytes of a word of a stream
 
 
 def entropy(counts) -> float:
@@ -49,63 +24,161 @@ def entropy(counts) -> float:
     return float(max(0.0, -np.sum(share * np.log2(share))))
 
 
-def huffman_lengths(counts) -> np.ndarray:
-    """Returns the lengths of a Huffman code, in bits; 0 for what does not occur, 1 at least."""
-    counts = np.asarray(counts)
-    lengths = np.zeros(counts.size, np.int64)
-    heap = [(int(count), i, (i,)) for i, count in enumerate(counts) if count]
-    if len(heap) == 1:
-        lengths[heap[0][2][0]] = 1
-    heapq.heapify(heap)
-    while len(heap) > 1:
-        few, first, mine = heapq.heappop(heap)
-        more, _, others = heapq.heappop(heap)
-        lengths[list(mine + others)] += 1
-        heapq.heappush(heap, (few + more, first, mine + others))
+def frequencies(counts) -> np.ndarray:
+    """Returns the table of a coder: counts scaled to two bytes each, 1 at least for what occurs."""
+    counts = np.asarray(counts, np.float64)
+    scaled = np.rint(counts * min(1, TABLE_SUM / max(counts.sum(), 1)))
+    return np.where(counts > 0, np.maximum(scaled, 1), 0).astype("<u2")
+
+
+def encode(symbols, levels: int, coder: str = "ans") -> bytes:
+    """Returns a table of frequencies, two bytes a level, and the stream of the symbols.
+
+    Where only one symbol occurs the table says it all.
+
+    Args:
+      symbols: `[n]` integers in 0..levels-1.
+      levels: size of the alphabet, at most 2**16.
+      coder: "ans", or "huffman", which works symbol by symbol (3 million a second) and is hardly
+        ever smaller.
+    """
+    table = frequencies(np.bincount(symbols, minlength=levels))
+    occurring = np.flatnonzero(table)
+    if occurring.size < 2:
+        return table.tobytes()
+    rank = np.zeros(levels, np.int32)  # among what occurs: the rest would take up probability
+    rank[occurring] = np.arange(occurring.size)
+    write = _ans if coder == "ans" else _huffman
+    return table.tobytes() + write(rank[symbols], _weights(table))
+
+
+def decode(data: bytes, levels: int, count: int, coder: str = "ans") -> np.ndarray:
+    """Returns the symbols of a stream, uint8 or uint16 `[count]`.
+
+    Args:
+      data: what `encode` gives; compare its digest first.
+      levels: size of the alphabet.
+      count: of symbols.
+      coder: as it was encoded.
+
+    Raises:
+      ValueError: the data are too short or too long for so many symbols.
+    """
+    table, stream = np.frombuffer(data[: 2 * levels], "<u2"), data[2 * levels :]
+    occurring = np.flatnonzero(table)
+    if table.size < levels or occurring.size < min(1, count):
+        raise ValueError(f"{len(data)} bytes hold no table of {levels} frequencies")
+    if occurring.size < 2 and stream:
+        raise ValueError(f"{len(stream)} bytes follow the table of a single symbol")
+    # The likeliest symbol's cost bounds what a stream can hold, before memory is taken for it.
+    weights = _weights(table)
+    least = count * math.log2(weights.sum() / weights.max()) if count else 0
+    if least > 8 * (len(stream) + 2 * WORD):
+        raise ValueError(f"{len(stream)} bytes cannot hold {count} symbols")
+    names = occurring.astype(np.uint8 if levels <= 256 else np.uint16)
+    if occurring.size < 2:
+        return np.repeat(names[:1], count)
+    symbols = np.empty(count, names.dtype)
+    (_read_ans if coder == "ans" else _read_huffman)(stream, weights, symbols)
+    return names[symbols]
+
+
+def _weights(table):
+    return table[table > 0].astype(np.float64)
+
+
+def _library():
+    try:
+        import constriction
+    except ImportError as error:
+        raise ImportError('entropy coding takes: pip install "quantjax[files]"') from error
+    return constriction
+
+
+def _model(weights):
+    return _library().stream.model.Categorical(weights, perfect=False)
+
+
+def _ans(symbols, weights) -> bytes:
+    coder, model = _library().stream.stack.AnsCoder(), _model(weights)
+    for start in range((symbols.size - 1) // CHUNK * CHUNK, -1, -CHUNK):  # a stack: last first
+        coder.encode_reverse(symbols[start : start + CHUNK], model)
+    # The last word is not zero, its highest bytes may be: they are put back by the reader.
+    return coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
+
+
+def _read_ans(stream, weights, symbols):
+    coder, model = _library().stream.stack.AnsCoder(_words(stream)), _model(weights)
+    for start in range(0, symbols.size, CHUNK):
+        part = symbols[start : start + CHUNK]
+        part[:] = coder.decode(model, part.size)
+    if not coder.is_empty():
+        raise ValueError(f"{symbols.size} symbols leave a part of the stream unread")
+
+
+def _huffman(symbols, weights) -> bytes:
+    library = _library().symbol
+    tree, queue = library.huffman.EncoderHuffmanTree(weights), library.QueueEncoder()
+    for symbol in symbols.tolist():
+        queue.encode_symbol(symbol, tree)
+    words, bits = queue.get_compressed_and_bitrate()
+    return words.astype("<u4").tobytes()[: math.ceil(bits / 8)]
+
+
+def _read_huffman(stream, weights, symbols):
+    library = _library().symbol
+    tree, queue = library.huffman.DecoderHuffmanTree(weights), library.QueueDecoder(_words(stream))
+    for i in range(symbols.size):
+        symbols[i] = queue.decode_symbol(tree)
+
+
+def _words(stream):
+    return np.frombuffer(stream + bytes(-len(stream) % WORD), "<u4").astype(np.uint32)
+
+
+def huffman_lengths(table) -> np.ndarray:
+    """Returns the bits of every symbol's Huffman code; 0 for what does not occur."""
+    library = _library().symbol
+    lengths = np.zeros(table.size, np.int64)
+    occurring = np.flatnonzero(table)
+    if occurring.size < 2:
+        return lengths
+    tree = library.huffman.EncoderHuffmanTree(_weights(table))
+    for rank, symbol in enumerate(occurring.tolist()):
+        queue = library.QueueEncoder()
+        queue.encode_symbol(rank, tree)
+        lengths[symbol] = queue.get_compressed_and_bitrate()[1]
     return lengths
 
 
-def ans_frequencies(counts, bits: int = ANS_BITS) -> np.ndarray:
-    """Returns whole frequencies that sum to 2**bits, at least 1 for what occurs.
+class CodeSize(NamedTuple):
+    """Bits that the codes of a leaf take in a file, levels or steps apart."""
 
-    Raises:
-      ValueError: more symbols than frequencies.
-    """
-    counts = np.asarray(counts, np.float64)
-    occurs = counts > 0
-    total = 2**bits
-    if np.count_nonzero(occurs) > total:
-        raise ValueError(f"{np.count_nonzero(occurs)} symbols do not fit into 2**{bits}")
-    if not occurs.any():
-        return np.zeros(counts.size, np.int64)
-    exact = counts / counts.sum() * total
-    rounded = np.where(occurs, np.maximum(1, np.rint(exact)), 0).astype(np.int64)
-    while (over := int(rounded.sum()) - total) != 0:
-        # Where one step costs the least: n log2(f) changes by about n / f.
-        step = -1 if over > 0 else 1
-        cost = np.where(rounded + step >= 1, counts / np.maximum(rounded, 1), np.inf)
-        cost = np.where(occurs, cost, np.inf if over > 0 else -np.inf)
-        rounded[np.argmin(cost) if over > 0 else np.argmax(cost)] += step
-    return rounded
+    symbols: int  # codes in the leaf
+    fixed: float  # packed: all codes as wide as the widest, three levels five to a byte
+    entropy: float  # symbols times the entropy of their distribution: a bound, not a size
+    huffman: float  # with the table of frequencies; never below one bit a symbol
+    ans: float  # with the table of frequencies and the final state
 
 
 def code_size(leaf) -> CodeSize:
-    """Returns what the codes of a Grid or a Table take up, by kind of coder.
+    """Returns what the codes of a Grid or a Table take up in a file, by kind of coder.
 
     Raises:
       ValueError: another leaf.
     """
-    counts = symbol_counts(leaf)
-    total, alphabet = int(counts.sum()), counts.size
-    frequencies = ans_frequencies(counts, max(ANS_BITS, leaf.bits))
-    occurs = counts > 0
-    share = np.log2(frequencies[occurs] / max(frequencies.sum(), 1))
+    if not isinstance(leaf, qarray.Grid | qarray.Table):
+        raise ValueError(f"a {type(leaf).__name__} has no codes to count")
+    levels, symbols = qarray.alphabet(leaf), np.asarray(qarray.symbols(leaf)).ravel()
+    counts = np.bincount(symbols, minlength=levels)
+    table = frequencies(counts)
+    bits = int(counts @ huffman_lengths(table))
     return CodeSize(
-        symbols=total,
-        fixed=float(total * leaf.bits),
-        entropy=total * entropy(counts),
-        huffman=float(np.sum(counts * huffman_lengths(counts)) + LENGTH_BITS * alphabet),
-        ans=float(-np.sum(counts[occurs] * share)) + ANS_BITS * alphabet + STATE_BITS,
+        symbols=symbols.size,
+        fixed=8 * qarray.stream_bytes(symbols.size, levels),
+        entropy=symbols.size * entropy(counts),
+        huffman=8 * (table.nbytes + math.ceil(bits / 8)),
+        ans=8 * len(encode(symbols, levels)),
     )
 
 
@@ -121,7 +194,7 @@ class Compression(NamedTuple):
 
 
 def compression(encoded, *, tables: bool = True) -> Compression:
-    """Returns the compression of all Grid and Table leaves of a tree together.
+    """Returns the compression of all Grid and Table leaves of a tree together, as a file has it.
 
     Args:
       encoded: what `Quantizer.encode` gives; other leaves are left out.

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from quantjax.core import qarray
 from quantjax.core.quantizer import Quantizer, QuantState
-from quantjax.core.summary import Row, Summary, summary
+from quantjax.encoded.summary import Row, Summary, summary
 
 
 class Deployed(NamedTuple):

@@ -62,7 +62,8 @@ def ternary(
     def encode(leaf, learned, buffers):
         del learned
         found, size = codes(leaf, buffers)
-        return qarray.Grid(found.astype(qarray.code_dtype(2)), size, bits=2, dtype=leaf.dtype)
+        found = found.astype(qarray.code_dtype(2))
+        return qarray.Grid(found, size, bits=2, dtype=leaf.dtype, levels=3)
 
     def update(leaf, learned, buffers, key):
         del learned, key

@@ -107,7 +107,8 @@ def uniform(
         del learned
         limit, step = buffers["limit"], checks.fitting(buffers["step"], leaf)
         codes = rounding.to_codes(leaf.astype(step.dtype), step, -limit, limit)
-        return qarray.Grid(codes.astype(qarray.code_dtype(bits)), step, bits=bits, dtype=leaf.dtype)
+        codes = codes.astype(qarray.code_dtype(bits))
+        return qarray.Grid(codes, step, bits=bits, dtype=leaf.dtype, levels=2**bits - 1)
 
     def update(leaf, learned, buffers, key):
         del learned, key

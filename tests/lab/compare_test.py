@@ -77,7 +77,8 @@ def test_the_numbers_are_those_of_the_networks(results):
     full, psg4, psg2, sgd4, sgd2 = results
     assert full.compression == 1
     assert full.full_precision == sgd4.full_precision == sgd2.full_precision
-    assert full.nbytes > psg4.nbytes == sgd4.nbytes > psg2.nbytes == sgd2.nbytes
+    assert full.nbytes > psg4.nbytes > psg2.nbytes
+    assert full.nbytes > sgd4.nbytes > sgd2.nbytes
     # What PSG is for: at the same width its weights lie closer to the grid.
     assert psg4.weight_error < sgd4.weight_error
     assert psg2.weight_error < sgd2.weight_error

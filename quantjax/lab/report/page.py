@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from quantjax.core.summary import size_text, summary
+from quantjax.encoded.summary import size_text, summary
 from quantjax.lab.report import plots
 from quantjax.lab.report.rows import (
     COLUMNS,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import quantjax as qj
-from quantjax.core.summary import size_text
+from quantjax.encoded.summary import size_text
 
 FLOAT32 = np.dtype("float32")
 
@@ -41,8 +41,9 @@ def test_rows():
     norm = float(jnp.sum(params["Dense_0"]["kernel"] ** 2))
     assert kernel.relative_error == pytest.approx((0.05 / norm) ** 0.5, rel=1e-5)
     assert kernel.groups == 1
+    assert kernel.coder == "packed"
     # A plain leaf has the bits of its dtype, and no error.
-    assert rows["Dense_0/bias"][1:] == ((2,), "bfloat16", 16, 4, None, None, None)
+    assert rows["Dense_0/bias"][1:] == ((2,), "bfloat16", 16, 4, None, None, None, "")
     # 3 groups of 2 weights with 1, 2 and 0 bases: 6 + 3 * 2 bits, padded to 16, and 3 coordinates.
     sums = rows["Dense_1/kernel"]
     assert sums.groups == 3

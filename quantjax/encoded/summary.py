@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from quantjax.core import paths, qarray
+from quantjax.encoded.leaves import store
 
 
 class Row(NamedTuple):
@@ -17,10 +18,11 @@ class Row(NamedTuple):
     shape: tuple[int, ...]
     method: str  # the encoded leaf's class and kind, or the dtype of a plain array
     bits: float  # per weight, scales and tables apart
-    nbytes: int  # as storage writes it, scales and tables included
+    nbytes: int  # as a file has it, scales and tables included, its share of the header not
     squared_error: float | None  # sum over the leaf; None without float params, or as they are
     relative_error: float | None  # norm of the error over norm of the float leaf
     groups: int | None  # that have scales or tables of their own; None for plain arrays
+    coder: str  # how its codes are written: packed, ans, huffman; empty for a plain array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Summary:
         table.add_column("method", f"{self.compression:.1f}x smaller")
         table.add_column("bits", justify="right")
         table.add_column("groups", justify="right")
+        table.add_column("coder")
         table.add_column("size", size_text(self.nbytes), justify="right")
         if with_error:
             table.add_column("error", justify="right")
@@ -57,7 +60,7 @@ class Summary:
             shape = "x".join(map(str, row.shape)) or "scalar"
             groups = "" if row.groups is None else str(row.groups)
             size = size_text(row.nbytes)
-            cells = [row.path, shape, row.method, f"{row.bits:.3g}", groups, size]
+            cells = [row.path, shape, row.method, f"{row.bits:.3g}", groups, row.coder, size]
             if with_error:
                 known = row.relative_error is not None
                 cells.append(f"{row.relative_error:.2%}" if known else "")
@@ -77,8 +80,10 @@ class Summary:
         return f"<pre>{self}</pre>"
 
 
-def summary(encoded, params=None, inputs=None) -> Summary:
+def summary(encoded, params=None, inputs=None, *, coding: str = "smallest") -> Summary:
     """Returns the rows of a tree of encoded leaves: path, shape, method, bits, groups, size, error.
+
+    Sizes are those of a file: leaves are packed and coded for them (a second per 25 million).
 
     A leaf that holds several layers and has one group wants `stacked`, one group per head or
     channel wants `axes`. Arrays of two or more dimensions that are not encoded are named in a note.
@@ -86,18 +91,19 @@ def summary(encoded, params=None, inputs=None) -> Summary:
     Args:
       encoded: what `Quantizer.encode` gives; plain leaves are listed too.
       params: the float tree beside it, for the error columns.
+      coding: of the file, as in `save`.
       inputs: variables with the collections of input quantizers; layers whose grid is signed
         though their inputs never were negative are named in a note.
 
     Raises:
-      ValueError: params have other paths.
+      ValueError: params have other paths, or a leaf (named) cannot be stored.
     """
     leaves = jax.tree_util.tree_flatten_with_path(encoded, is_leaf=qarray.is_encoded)[0]
     named = {paths.path_name(key_path): leaf for key_path, leaf in leaves}
     floats = None
     if params is not None:
         floats = paths.restrict(paths.flatten(params)[0], named, "encoded tree")
-    rows = tuple(_row(path, leaf, floats) for path, leaf in named.items())
+    rows = tuple(_row(path, leaf, floats, coding) for path, leaf in named.items())
     notes = () if inputs is None else _notes(inputs)
     left = [row.path for row in rows if row.groups is None and len(row.shape) > 1]
     if left:
@@ -129,8 +135,12 @@ def size_text(nbytes: int) -> str:
     return f"{nbytes} B"
 
 
-def _row(path, leaf, floats):
+def _row(path, leaf, floats, coding):
     encoded = qarray.is_encoded(leaf)
+    try:
+        stored = store(leaf, coding)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     squared = relative = None
     if floats is not None:
         exact = np.asarray(floats[path], np.float64)
@@ -144,10 +154,11 @@ def _row(path, leaf, floats):
         shape=tuple(leaf.shape),
         method=_method(leaf) if encoded else str(leaf.dtype),
         bits=leaf.bits if encoded else leaf.dtype.itemsize * 8,
-        nbytes=qarray.nbits(leaf) // 8,
+        nbytes=stored.data.nbytes,
         squared_error=squared,
         relative_error=relative,
         groups=_groups(leaf) if encoded else None,
+        coder=stored.coder,
     )
 
 
