@@ -64,9 +64,9 @@ def decode(data: bytes, levels: int, count: int, coder: str = "ans") -> np.ndarr
     Raises:
       ValueError: the data are too short or too long for so many symbols.
     """
-    table, stream = np.frombuffer(data[: 2 * levels], "<u2"), data[2 * levels :]
-    occurring = np.flatnonzero(table)
-    if table.size < levels or occurring.size < min(1, count):
+    table = np.frombuffer(data[: 2 * levels].ljust(2 * levels, b"\0"), "<u2")
+    stream, occurring = data[2 * levels :], np.flatnonzero(table)
+    if len(data) < 2 * levels or occurring.size < min(1, count):
         raise ValueError(f"{len(data)} bytes hold no table of {levels} frequencies")
     if occurring.size < 2 and stream:
         raise ValueError(f"{len(stream)} bytes follow the table of a single symbol")

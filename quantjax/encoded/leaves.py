@@ -11,11 +11,11 @@ from quantjax.core import checks, qarray
 from quantjax.encoded import entropy, packing
 
 PACKED = "packed"
+FLOATS = ("bfloat16", "float16")
 CODINGS = ("smallest", PACKED, *entropy.CODERS)
 DTYPES = {"BOOL": "bool", "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-DTYPES |= {f"I{n}": f"int{n}" for n in (8, 16, 32, 64)} | {
-    f"U{n}": f"uint{n}" for n in (8, 16, 32, 64)
-}
+DTYPES |= {f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)}
+DTYPES |= {f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)}
 
 
 class Stored(NamedTuple):
@@ -30,19 +30,22 @@ class Stored(NamedTuple):
         return self.row.get("coder", PACKED) if "kind" in self.row else ""
 
 
-def store(leaf, coding: str = "smallest") -> Stored:
+def store(leaf, coding: str = "smallest", floats: str | None = None) -> Stored:
     """Returns the leaf as a file holds it.
 
     Args:
       leaf: Grid, Table, MultiBit, or a plain array.
       coding: "packed", "ans" or "huffman" for the symbols of the leaf; "smallest": packed or by
         ANS, and a plain array with many zeros as their pattern and the other values.
+      floats: "bfloat16" or "float16" in the place of float32, for plain arrays.
 
     Raises:
-      ValueError: unknown coding, an encoded leaf that is not valid, an array that is not finite
-        or of a dtype that files do not have.
+      ValueError: unknown coding or floats, an encoded leaf that is not valid, an array that is
+        not finite (in the narrower floats) or of a dtype that files do not have.
     """
     checks.choice("coding", coding, CODINGS)
+    if floats is not None:
+        checks.choice("floats", floats, FLOATS)
     if isinstance(leaf, qarray.Grid | qarray.Table):
         leaf.validate()
         return _store_codes(leaf, coding)
@@ -50,7 +53,10 @@ def store(leaf, coding: str = "smallest") -> Stored:
         leaf.validate()
         return _store_bases(leaf, coding)
     array = _plain(leaf)
-    return min((Stored({}, array), *_store_sparse(array, coding)), key=lambda s: s.data.nbytes)
+    narrow = _narrowed(array, floats)
+    row = {} if narrow is array else {"kind": "cast", "dtype": array.dtype.name}
+    candidates = [Stored(row, narrow), *_store_sparse(narrow, array.dtype, coding)]
+    return min(candidates, key=lambda stored: stored.data.nbytes)
 
 
 def restore(stored: Stored):
@@ -88,7 +94,7 @@ def _store_codes(leaf, coding):
     if any(n != 1 for n in group):
         row["group"] = list(group)
     stream, coder = _write(symbols, levels, coding)
-    return Stored(row | coder | _dtypes(leaf, scales), _joined(stream, scales))
+    return Stored(row | coder | _dtypes(leaf.dtype, scales.dtype), _joined(stream, scales))
 
 
 def _read_grid(row, data):
@@ -122,7 +128,7 @@ def _store_bases(leaf, coding):
     row |= {"slots": kept.shape[-1], "most": most, "kept": int(counts.sum())}
     if leaf.blocks > 1:
         row |= {"blocks": leaf.blocks, "axis": leaf.axis}
-    row |= _dtypes(leaf, coords)
+    row |= _dtypes(leaf.dtype, coords.dtype)
     packed = packing.pack(np.concatenate([_places(counts, most), bits]), 2)
     coded, coder = _write(counts, most + 1, coding)
     apart = np.concatenate([coded, packing.pack(bits, 2)])
@@ -179,7 +185,16 @@ def _plain(leaf):
     return array
 
 
-def _store_sparse(array, coding):
+def _narrowed(array, floats):
+    if floats is None or array.dtype != np.float32:
+        return array
+    with np.errstate(over="ignore"):
+        narrow = array.astype(floats)
+    _require(np.all(np.isfinite(narrow)), f"a value does not fit into {floats}")
+    return narrow
+
+
+def _store_sparse(array, dtype, coding):
     """Returns the pattern of what is not zero and the other values, where it could be smaller."""
     if coding != "smallest" or not jnp.issubdtype(array.dtype, jnp.floating):
         return []
@@ -188,31 +203,19 @@ def _store_sparse(array, coding):
         return []
     row = {"kind": "sparse", "shape": list(array.shape), "kept": int(kept.sum())}
     stream, coder = _write(kept.astype(np.uint8), 2, coding)
-    dtype = {} if array.dtype == np.float32 else {"dtype": array.dtype.name}
-    return [Stored(row | coder | dtype, _joined(stream, array.ravel()[kept]))]
+    row |= coder | _dtypes(dtype, array.dtype)
+    return [Stored(row, _joined(stream, array.ravel()[kept]))]
 
 
 def _read_sparse(row, data):
     shape = _shape(row, "shape")
     count = math.prod(shape)
-    stream, values = _tail(data, (_integer(row, "kept", 0, count),), _dtype(row))
+    stream, values = _tail(data, (_integer(row, "kept", 0, count),), _scales(row))
     pattern = _symbols(row, stream, 2, count) > 0
     _require(np.count_nonzero(pattern) == values.size, "its pattern has another number of values")
-    array = np.zeros(count, values.dtype)
+    array = np.zeros(count, _dtype(row))
     array[pattern] = values
     return _array(array.reshape(shape))
-
-
-def cast(stored: Stored, dtype) -> Stored:
-    """Returns a plain array stored in a narrower float, to be read as what it was.
-
-    Raises:
-      ValueError: a value is beyond the narrower float's range.
-    """
-    narrow = stored.data.astype(dtype)
-    if not np.all(np.isfinite(narrow)):
-        raise ValueError(f"a value does not fit into {np.dtype(dtype)}")
-    return Stored({"kind": "cast", "dtype": stored.data.dtype.name}, narrow)
 
 
 def _read_cast(row, data):
@@ -260,9 +263,9 @@ def _joined(stream, array):
     return np.concatenate([stream, np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)])
 
 
-def _dtypes(leaf, scales):
+def _dtypes(dtype, scales):
     """Returns the dtypes of a leaf as its row has them: float32 goes without saying."""
-    named = {"dtype": np.dtype(leaf.dtype).name, "scales": scales.dtype.name}
+    named = {"dtype": np.dtype(dtype).name, "scales": scales.name}
     return {key: name for key, name in named.items() if name != "float32"}
 
 

@@ -24,7 +24,6 @@ from quantjax.encoded.leaves import DTYPES, Stored
 
 VERSION = 1
 DIGESTS = "quantjax.sha256"
-FLOATS = ("bfloat16", "float16")
 
 
 class File(NamedTuple):
@@ -57,14 +56,12 @@ def save(path, tree, *, metadata: dict | None = None, coding="smallest", floats=
     """
     checks.choice("coding", coding, leaves_lib.CODINGS)
     if floats is not None:
-        checks.choice("floats", floats, FLOATS)
+        checks.choice("floats", floats, leaves_lib.FLOATS)
     flat, empty = _flatten(tree)
     stored = {}
     for name, leaf in flat.items():
         try:
-            stored[name] = leaves_lib.store(leaf, coding)
-            if floats is not None and stored[name].data.dtype == np.float32:
-                stored[name] = leaves_lib.cast(stored[name], floats)
+            stored[name] = leaves_lib.store(leaf, coding, floats)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     _replace(Path(path), _serialized(stored, metadata or {}, empty))
@@ -113,9 +110,11 @@ def inspect(path) -> File:
         version = _version(told)
         _compare(data, tensors)
         rows, metadata, empty = (
-            json.loads(told.get(key, default), object_pairs_hook=_unique)
-            for key, default in (("leaves", "{}"), ("metadata", "{}"), ("empty", "[]"))
+            _told(told, key, kind)
+            for key, kind in (("leaves", dict), ("metadata", dict), ("empty", list))
         )
+        for name in [name for name, row in rows.items() if not isinstance(row, dict)]:
+            raise ValueError(f"its header is damaged: {name} has no row")
         if lost := sorted(set(rows) - set(tensors)):
             raise ValueError(f"it has no tensors of {lost}")
     except (ValueError, RecursionError) as error:
@@ -202,6 +201,15 @@ def _version(told) -> int:
     return int(version)
 
 
+def _told(told, key, kind):
+    """Returns what the metadata say under a key; an empty one where they say nothing."""
+    value = json.loads(told.get(key, "null"), object_pairs_hook=_unique)
+    value = kind() if value is None else value
+    if not isinstance(value, kind) or (kind is list and not all(isinstance(v, str) for v in value)):
+        raise ValueError(f"its header is damaged: {key} is no {kind.__name__}")
+    return value
+
+
 def _unique(pairs) -> dict:
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
@@ -243,11 +251,6 @@ def _flatten(tree):
     """Returns {path: leaf} and the paths of empty dicts."""
     pairs = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)[0]
     flat = {_name(key_path): leaf for key_path, leaf in pairs}
-    if len(flat) < len(pairs):
-        names = [_name(key_path) for key_path, _ in pairs]
-        raise ValueError(
-            f"several leaves have one path: {sorted({n for n in names if names.count(n) > 1})}"
-        )
     if DIGESTS in flat or ("" in flat and not isinstance(flat[""], Mapping)):
         raise ValueError(f"a tree is a dict of leaves, none of them named {DIGESTS}")
     empty = [name for name, leaf in flat.items() if isinstance(leaf, Mapping)]
