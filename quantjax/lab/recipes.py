@@ -6,14 +6,16 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import sys
 import time
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
+from quantjax.encoded import storage
 from quantjax.lab.names import nearest_name_error
 
 FOLDER = Path(__file__).parents[2] / "experiments"
@@ -44,6 +46,14 @@ class Context:
         if not chosen:
             raise ValueError(f"bits {self.bits}: this recipe has {every}")
         return chosen
+
+
+class Network(NamedTuple):
+    """What a row may hold under "network": it is saved as a file, whose size the record keeps."""
+
+    tree: dict  # {"params": encoded, ...}
+    metadata: dict  # model and dataset, for `quantjax evaluate`
+    floats: str | None = None  # of `save`
 
 
 def find(name: str, folder: Path = FOLDER) -> Path:
@@ -107,6 +117,8 @@ def run(name: str, context: Context, out: Path | None = None) -> Path:
         "rows": [],
     }
     for row in recipe.run(context):
+        if "network" in row:
+            row = _saved(row, folder / "networks", target.stem)
         record["rows"].append(row)
         record["seconds"] = round(time.monotonic() - began, 1)
         _write(target, record)
@@ -114,6 +126,22 @@ def run(name: str, context: Context, out: Path | None = None) -> Path:
     record["complete"] = True
     _write(target, record)
     return target
+
+
+def _saved(row: dict, folder: Path, record: str) -> dict:
+    """Saves a row's network; returns the row with the file's name and its bytes over 1000."""
+    network: Network = row["network"]
+    row = {key: value for key, value in row.items() if key != "network"}
+    told = [record, *(str(row[key]) for key in ("row", "bits", "sparsity") if key in row)]
+    name = re.sub("[^a-z0-9.]+", "-", " ".join([*told, f"seed{row.get('seed', 0)}"]).lower())
+    path = folder / f"{name}.safetensors"
+    folder.mkdir(parents=True, exist_ok=True)
+    told = {
+        **network.metadata,
+        **{k: v for k, v in row.items() if isinstance(v, str | int | float)},
+    }
+    storage.save(path, network.tree, metadata=told, floats=network.floats)
+    return row | {"file KB": round(path.stat().st_size / 1000, 2), "file": path.name}
 
 
 def check_writable(folder: Path):

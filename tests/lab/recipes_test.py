@@ -3,6 +3,7 @@ import re
 
 import pytest
 
+from quantjax.encoded import storage
 from quantjax.lab import recipes
 from quantjax.lab.recipes import Context
 
@@ -168,3 +169,27 @@ def test_every_experiment_is_a_recipe(path):
     recipe = recipes.load(path)
     assert recipe.__doc__
     assert callable(recipe.run)
+
+
+def test_networks_of_rows_are_saved_and_their_size_is_recorded(tmp_path):
+    source = tmp_path / "shipping.py"
+    source.write_text(
+        "import numpy as np\nfrom quantjax.lab.recipes import Network\nTITLE = 'Files'\n"
+        "def run(context):\n"
+        "    tree = {'params': {'kernel': np.ones((3, 4), np.float32)}}\n"
+        "    yield {'row': 'A, b', 'seed': 7, 'low precision': 98.5, 'layers': {},\n"
+        "           'network': Network(tree, {'model': 'lenet5'}, 'float16')}\n"
+    )
+    (row,) = json.loads(run(source, tmp_path / "out").read_text())["rows"]
+    file = tmp_path / "out" / "networks" / "shipping-a-b-seed7.safetensors"
+    assert row == {
+        "row": "A, b",
+        "seed": 7,
+        "low precision": 98.5,
+        "layers": {},
+        "file KB": round(file.stat().st_size / 1000, 2),
+        "file": file.name,
+    }
+    told = storage.inspect(file).metadata
+    assert told == {"model": "lenet5", "row": "A, b", "seed": 7, "low precision": 98.5}
+    assert storage.load(file)["params"]["kernel"].shape == (3, 4)

@@ -10,7 +10,7 @@ from quantjax.lab.recipes import FOLDER
 BEGIN, END = "<!-- results: written by `quantjax results --write README.md` -->", "<!-- end -->"
 COLUMNS = (
     *("average bits", "full precision", "low precision", "accuracy", "sparse"),
-    *("error", "KB", "widths", "MSE"),
+    *("error", "KB", "file KB", "widths", "MSE"),
 )
 
 
