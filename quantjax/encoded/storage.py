@@ -24,6 +24,7 @@ from quantjax.encoded.leaves import DTYPES, Stored
 
 VERSION = 1
 DIGESTS = "quantjax.sha256"
+SHOWN = 8  # paths in a message
 
 
 class File(NamedTuple):
@@ -54,17 +55,26 @@ def save(path, tree, *, metadata: dict | None = None, coding="smallest", floats=
         metadata that JSON cannot say.
       OSError: the folder cannot be written; an old file is as it was.
     """
+    _replace(Path(path), to_bytes(tree, metadata=metadata, coding=coding, floats=floats))
+
+
+def to_bytes(tree, *, metadata: dict | None = None, coding="smallest", floats=None) -> bytes:
+    """Returns the file that `save` writes, whose arguments it takes.
+
+    Raises:
+      ValueError: as `save`.
+    """
     checks.choice("coding", coding, leaves_lib.CODINGS)
     if floats is not None:
         checks.choice("floats", floats, leaves_lib.FLOATS)
-    flat, empty = _flatten(tree)
+    flat, empty = flatten(tree)
     stored = {}
     for name, leaf in flat.items():
         try:
             stored[name] = leaves_lib.store(leaf, coding, floats)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    _replace(Path(path), _serialized(stored, metadata or {}, empty))
+    return bytes(_serialized(stored, metadata or {}, empty))
 
 
 def load(path, like=None):
@@ -247,8 +257,8 @@ def _is_leaf(node) -> bool:
     return nothing or node is None or qarray.is_encoded(node)
 
 
-def _flatten(tree):
-    """Returns {path: leaf} and the paths of empty dicts."""
+def flatten(tree):
+    """Returns {path: leaf} as files name them, and the paths of empty dicts."""
     pairs = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)[0]
     flat = {_name(key_path): leaf for key_path, leaf in pairs}
     if DIGESTS in flat or ("" in flat and not isinstance(flat[""], Mapping)):
@@ -294,6 +304,11 @@ def _like(like, flat, path):
             if name in flat and flat[name].shape != tuple(leaf.shape)
         ],
     }
-    if told := "; it ".join(f"{what} {', '.join(names)}" for what, names in wrong.items() if names):
+    if told := "; it ".join(f"{what} {_few(names)}" for what, names in wrong.items() if names):
         raise ValueError(f"{path} is of another network: it {told}")
     return treedef.unflatten([flat[name] for name in expected])
+
+
+def _few(names) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

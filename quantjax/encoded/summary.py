@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from quantjax.core import paths, qarray
-from quantjax.encoded.leaves import store
+from quantjax.encoded import leaves as leaves_lib
+from quantjax.encoded import storage
 
 
 class Row(NamedTuple):
@@ -47,7 +48,7 @@ class Summary:
 
         with_error = any(row.relative_error is not None for row in self.rows)
         table = Table(show_footer=True)
-        table.add_column("leaf", "total")
+        table.add_column("leaf", "total", overflow="fold")
         table.add_column("shape", justify="right")
         table.add_column("method", f"{self.compression:.1f}x smaller")
         table.add_column("bits", justify="right")
@@ -103,11 +104,33 @@ def summary(encoded, params=None, inputs=None, *, coding: str = "smallest") -> S
     floats = None
     if params is not None:
         floats = paths.restrict(paths.flatten(params)[0], named, "encoded tree")
-    rows = tuple(_row(path, leaf, floats, coding) for path, leaf in named.items())
+    rows = []
+    for path, leaf in named.items():
+        try:
+            rows.append(_row(path, leaf, leaves_lib.store(leaf, coding), floats))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     notes = () if inputs is None else _notes(inputs)
     left = [row.path for row in rows if row.groups is None and len(row.shape) > 1]
     if left:
         notes += (f"not encoded, of two or more dimensions: {', '.join(left)}",)
+    return Summary(tuple(rows), notes)
+
+
+def of_file(path) -> Summary:
+    """Returns the rows of a file that `save` has written, with the bytes that its leaves take.
+
+    Raises:
+      As `load`.
+    """
+    leaves, _ = storage.flatten(storage.load(path))
+    found = storage.inspect(path)
+    rows = tuple(_row(name, leaf, found.leaves[name]) for name, leaf in leaves.items())
+    header = found.nbytes - sum(row.nbytes for row in rows)
+    notes = (
+        f"{found.nbytes:,} bytes in all: {header:,} of them header and digests",
+        f"all {1 + len(rows)} SHA-256 digests agree; format {found.version}",
+    )
     return Summary(rows, notes)
 
 
@@ -135,12 +158,8 @@ def size_text(nbytes: int) -> str:
     return f"{nbytes} B"
 
 
-def _row(path, leaf, floats, coding):
+def _row(path, leaf, stored, floats=None):
     encoded = qarray.is_encoded(leaf)
-    try:
-        stored = store(leaf, coding)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
     squared = relative = None
     if floats is not None:
         exact = np.asarray(floats[path], np.float64)

@@ -1,20 +1,9 @@
-"""The command `quantjax`: compare, run, results."""
+"""The command `quantjax`: compare, run, results, inspect, evaluate."""
 
-import dataclasses
 import os
 import sys
 from pathlib import Path
 from typing import Annotated
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Runs a recipe of the folder experiments/ and writes its record."""
-
-    experiment: str
-    """Name of a file in experiments/, or a path."""
-    out: Path | None = None
-    """Folder of the record; experiments/results if not given."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,7 +14,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError:
         print("quantjax: the command line needs the extra: pip install 'quantjax[lab]'")
         return 2
-    from quantjax.lab import recipes
+    from quantjax.lab import artifacts, recipes
     from quantjax.lab.compare import Settings, compare
     from quantjax.lab.report import records
 
@@ -56,9 +45,37 @@ def main(arguments: list[str] | None = None) -> int:
         """
         records.show(write)
 
+    def inspect(file: Annotated[Path, positional], plots: Path | None = None):
+        """Prints what a saved network holds: leaves, sizes, coders, digests, metadata.
+
+        Args:
+          file: that qj.save has written.
+          plots: folder for pictures of bits and weights by layer.
+        """
+        artifacts.inspect(file, plots)
+
+    def evaluate(
+        file: Annotated[Path, positional],
+        dataset: str | None = None,
+        model: str | None = None,
+        data_dir: Path | None = None,
+    ):
+        """Prints the accuracy of a saved network on test images.
+
+        Args:
+          file: that qj.save has written.
+          dataset: digits, a TFDS set or a directory; what the file says if not given.
+          model: as in compare; what the file says if not given.
+          data_dir: where prepared TFDS sets lie.
+        """
+        score = artifacts.evaluate(file, dataset, model, data_dir)
+        print(f"accuracy {score.accuracy:.2f} percent, loss {score.loss:.4f}")
+
+    commands = {"compare": comparison, "run": run, "results": table}
+    commands |= {"inspect": inspect, "evaluate": evaluate}
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"compare": comparison, "run": run, "results": table},
+            commands,
             prog="quantjax",
             description="Neural networks of four bits and less.",
             args=arguments,

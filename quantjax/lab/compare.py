@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from quantjax.encoded import storage
 from quantjax.lab import data, methods, models
 from quantjax.lab.deploy import deploy
 from quantjax.lab.recipes import check_writable, versions
@@ -88,6 +89,7 @@ def compare(settings: Settings) -> list[Result]:
     try:
         for result in rows(settings, tell=console.print):
             results.append(result)
+            files.write_network(settings.out, result)
             console.print(
                 f"[dim]{result.title}, {result.bits:g} bits: "
                 f"{result.quantized:.2f} percent in {result.seconds:.0f} s[/]"
@@ -138,27 +140,35 @@ def rows(settings: Settings, tell: Callable = print) -> Iterator[Result]:
             every=-(-total // 10),
         )
 
+    def file(method, bits, encoded, variables, score):
+        """Returns the file of a network, which `quantjax evaluate` reads with nothing beside it."""
+        told = {"model": name, "dataset": settings.dataset, "classes": dataset.classes}
+        told |= {"method": method, "bits": bits, "seed": settings.seed, "accuracy": score}
+        return storage.to_bytes({**variables, "params": encoded}, metadata=told)
+
     began = time.monotonic()
     first = task.init(settings.seed)
     method = methods.full_precision(total)
     full = run("full precision", method, None, first)
     trained = _plain(full.variables)
+    whole = file("float", 32, trained["params"], trained, full.final_score)
     yield Result(
         method="float",
         title="full precision",
         bits=32,
         full_precision=full.final_score,
         quantized=full.final_score,
-        nbytes=sum(leaf.nbytes for leaf in jax.tree.leaves(trained["params"])),
+        nbytes=len(whole),
         compression=1.0,
         weight_error=0.0,
         seconds=time.monotonic() - began,
         curve=_curve(full),
         params=trained["params"],
         encoded=trained["params"],
+        file=whole,
     )
-    for name in settings.methods:
-        entry = methods.find(name)
+    for key in settings.methods:
+        entry = methods.find(key)
         start = trained if entry.pretrained else first
         steps = None
         for bits in entry.chosen(settings.bits):
@@ -180,19 +190,22 @@ def rows(settings: Settings, tell: Callable = print) -> Iterator[Result]:
             else:
                 state = None if plan.trained is None else plan.trained(outcome.opt_state)
                 shipped = deploy(variables, plan.deploy, state)
+            score = evaluate(shipped.variables, dataset.test).accuracy
+            packed = file(key, shipped.bits, shipped.encoded, variables, score)
             yield Result(
-                method=name,
+                method=key,
                 title=entry.title,
                 bits=shipped.bits,
                 full_precision=outcome.final_score,
-                quantized=evaluate(shipped.variables, dataset.test).accuracy,
-                nbytes=shipped.summary.nbytes,
-                compression=shipped.summary.compression,
+                quantized=score,
+                nbytes=len(packed),
+                compression=len(whole) / len(packed),
                 weight_error=shipped.weight_error,
                 seconds=time.monotonic() - began,
                 curve=_curve(outcome),
                 params=variables["params"],
                 encoded=shipped.encoded,
+                file=packed,
             )
 
 

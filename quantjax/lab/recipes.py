@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from quantjax.core import qarray
 from quantjax.encoded import storage
 from quantjax.lab.names import nearest_name_error
 
@@ -54,6 +56,13 @@ class Network(NamedTuple):
     tree: dict  # {"params": encoded, ...}
     metadata: dict  # model and dataset, for `quantjax evaluate`
     floats: str | None = None  # of `save`
+
+    def loaded(self) -> dict:
+        """Returns the tree, decoded, as a file gives it back: what is to be evaluated."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "network"
+            storage.save(path, self.tree, metadata=self.metadata, floats=self.floats)
+            return qarray.decode(storage.load(path))
 
 
 def find(name: str, folder: Path = FOLDER) -> Path:

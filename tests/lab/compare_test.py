@@ -16,7 +16,7 @@ from tests.lab.train import toy_task
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-FILES = {"report.html", "results.json", "results.csv", "pareto.png", "histograms.png"}
+FILES = {"networks", "report.html", "results.json", "results.csv", "pareto.png", "histograms.png"}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_the_report_holds_the_rows(settings, results):
     assert (settings.out / "report.html").read_text().count("interrupted") == 0
 
 
-def test_the_numbers_are_those_of_the_networks(results):
+def test_the_numbers_are_those_of_the_networks(settings, results):
     digits = data.load("digits")
     model = models.build("small-cnn", 10)
     images = data.normalize(digits.test.images, digits.mean, digits.std)
@@ -71,7 +71,10 @@ def test_the_numbers_are_those_of_the_networks(results):
         assert row.curve[-1][2] == row.full_precision
         assert row.seconds > 0
         summary = qj.summary(row.encoded, row.params)
-        assert (row.nbytes, row.compression) == (summary.nbytes, summary.compression)
+        path = settings.out / "networks" / f"{row.method}-{row.bits:g}bits.safetensors"
+        assert row.nbytes == path.stat().st_size > summary.nbytes
+        assert row.compression == results[0].nbytes / row.nbytes
+        assert row.quantized == pytest.approx(accuracy(qj.decode(qj.load(path)["params"])))
         errors = [r.squared_error for r in summary.rows if r.squared_error is not None]
         assert row.weight_error == pytest.approx(np.mean(errors) if errors else 0)
     full, psg4, psg2, sgd4, sgd2 = results

@@ -55,6 +55,14 @@ def write(
     return folder / "report.html"
 
 
+def write_network(folder: Path, result: Result) -> Path:
+    """Writes the file of a row's network, `networks/METHOD-BITS.safetensors`; returns its path."""
+    path = Path(folder) / "networks" / f"{result.method}-{result.bits:.3g}bits.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, result.file)
+    return path
+
+
 def _on_host(result):
     numbers = {name: float(getattr(result, name)) for name in NUMBERS[2:]}
     numbers["nbytes"] = int(result.nbytes)

@@ -47,7 +47,7 @@ def pareto(results: Sequence):
 
     The accuracy axis is logarithmic in the error where errors differ more than fourfold.
     """
-    fig, (ax,) = _figure(9.3, 5.0, layout="constrained")
+    fig, (ax,) = blank(9.3, 5.0, layout="constrained")
     looks = colors(results)
     x = np.array([result.nbytes / 1000 for result in results])
     y = np.array([result.quantized for result in results])
@@ -157,7 +157,7 @@ def histograms(pictures: Sequence[tuple]):
     looks = colors([result for result, _ in pictures])
     columns = min(3, len(pictures))
     rows = math.ceil(len(pictures) / columns)
-    fig, axes = _figure(3.1 * columns if columns > 1 else 5.6, 2.15 * rows, rows, columns)
+    fig, axes = blank(3.1 * columns if columns > 1 else 5.6, 2.15 * rows, rows, columns)
     for ax, (result, shown) in zip(axes, pictures, strict=False):
         counts, edges = np.histogram(shown.weights, _edges(shown))
         # Half a weight is the floor of the log axis, so that bars of one weight are seen.
@@ -169,7 +169,7 @@ def histograms(pictures: Sequence[tuple]):
         ax.set_ylim(0.5, 3 * max(1, counts.max()))
         ax.set_xlim(edges[0], edges[-1])
         text = f"{shown.path}, {shown.weights.size:,} weights"
-        _headings(ax, name(result), text + (f" ({shown.note})" if shown.note else ""))
+        headings(ax, name(result), text + (f" ({shown.note})" if shown.note else ""))
         ax.set_xlabel(shown.unit)
         ax.yaxis.minorticks_off()
     for ax in axes[::columns]:
@@ -197,7 +197,7 @@ def curves(results: Sequence):
         return None
     columns = min(4, 2 * len(trained))
     rows = math.ceil(len(trained) / 2)
-    fig, axes = _figure(2.33 * columns, 2.35 * rows, rows, columns)
+    fig, axes = blank(2.33 * columns, 2.35 * rows, rows, columns)
     points = [point for mine in trained.values() for curve in mine for point in curve]
     points += full
     for i, (method, mine) in enumerate(trained.items()):
@@ -213,8 +213,8 @@ def curves(results: Sequence):
             ax.set_xlabel("step")
         _loss_axis(loss, [point[1] for point in points])
         _accuracy_axis(accuracy, [point[2] for point in points])
-        _headings(loss, next(iter(mine.values()))[0].title, "training loss")
-        _headings(accuracy, "", "test accuracy of the float weights, %")
+        headings(loss, next(iter(mine.values()))[0].title, "training loss")
+        headings(accuracy, "", "test accuracy of the float weights, %")
         # Accuracies saturate, which leaves room below them.
         accuracy.legend(loc="best", fontsize=7, labelcolor=INK, handlelength=2.4, frameon=False)
     for ax in axes[2 * len(trained) :]:
@@ -230,7 +230,8 @@ def png(fig) -> bytes:
     return out.getvalue()
 
 
-def _figure(width, height, rows=1, columns=1, layout=None):
+def blank(width, height, rows=1, columns=1, layout=None):
+    """Returns a white figure, in inches, and the list of its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -259,7 +260,8 @@ def _figure(width, height, rows=1, columns=1, layout=None):
     return fig, axes
 
 
-def _headings(ax, title, text):
+def headings(ax, title, text):
+    """Writes a title and a line of text above the axes."""
     ax.set_title(title, loc="left", color=INK, fontsize=9, fontweight="bold", pad=15)
     look = {"xycoords": "axes fraction", "textcoords": "offset points", "fontsize": 7}
     ax.annotate(text, (0, 1), (0, 4), color=SOFT, **look)

@@ -16,13 +16,14 @@ class Result(NamedTuple):
     bits: float  # average bits per weight; 32 for full precision
     full_precision: float  # test accuracy of the float weights, percent
     quantized: float  # test accuracy of what ships, percent
-    nbytes: int  # size of the whole encoded network
-    compression: float  # times smaller than float32
+    nbytes: int  # of the file of the whole network
+    compression: float  # times smaller than the file of the float network
     weight_error: float  # sum of squared weight errors over quantized layers / number of layers
     seconds: float  # time this row took, compilation included
     curve: tuple  # ((step, training loss, test accuracy of the float weights), ...)
     params: Any  # float params (tree)
     encoded: Any  # tree with Grid, Table or MultiBit leaves
+    file: bytes = b""  # what ships, as `save` writes it
 
 
 class Column(NamedTuple):
@@ -39,10 +40,10 @@ COLUMNS = (
     Column("quantized, %", "Test accuracy of the encoded network: what ships."),
     Column(
         "size, kB",
-        "The whole encoded network in units of 1000 bytes: codes, scales and tables, and the "
-        "leaves that stay float.",
+        "The file of the whole network in units of 1000 bytes: codes, scales and tables, leaves "
+        "that stay float, names and digests.",
     ),
-    Column("compression", "How many times smaller than the same network in float32."),
+    Column("compression", "How many times smaller than the file of the network in float32."),
     Column(
         "weight error",
         "Squared distance between float and quantized weights, summed over all quantized layers, "

@@ -1,0 +1,99 @@
+"""`quantjax inspect` and `quantjax evaluate` on saved networks."""
+
+import jax
+import numpy as np
+import pytest
+
+import quantjax as qj
+from quantjax.lab import artifacts, data, models
+from quantjax.lab.cli import main
+from quantjax.lab.train import engine
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module")
+def task():
+    return engine.Task(models.build("small-cnn", 10), data.load("digits"))
+
+
+@pytest.fixture(scope="module")
+def network(task, tmp_path_factory):
+    """A file of a network with weights and inputs of few bits, and its accuracy."""
+    variables = task.init(0)
+    makers = qj.srq_input(4)
+    apply = qj.linen.quantize_inputs(task.model.apply, makers)
+    variables = qj.linen.calibrate(apply, variables, task.inputs(task.dataset.train.images[:64]))
+    quantizer = qj.partition({"Conv.*": qj.uniform(4), ".*kernel": qj.multi_bit(2, axes=-2)})
+    encoded = quantizer.encode(variables["params"], quantizer.init(variables["params"]))
+    path = tmp_path_factory.mktemp("network") / "net.safetensors"
+    told = {"model": "small-cnn", "dataset": "digits", "inputs": {"srq_input": {"bits": 4}}}
+    qj.save(path, {**variables, "params": encoded}, metadata=told)
+    logits = jax.jit(lambda v, x: apply(v, x))(
+        {**variables, "params": qj.decode(encoded)}, task.inputs(task.dataset.test.images)
+    )
+    return path, 100 * np.mean(np.argmax(logits, axis=1) == task.dataset.test.labels)
+
+
+def test_evaluate_says_what_the_network_scores(network, capsys):
+    path, accuracy = network
+    assert artifacts.evaluate(path).accuracy == pytest.approx(accuracy)
+    assert main(["evaluate", str(path)]) == 0
+    assert capsys.readouterr().out.startswith(f"accuracy {accuracy:.2f} percent, loss ")
+
+
+def test_what_is_given_comes_before_what_the_file_says(network, tmp_path):
+    path, accuracy = network
+    bare = tmp_path / "bare"
+    told = {"inputs": {"srq_input": {"bits": 4}}}
+    qj.save(bare, qj.load(path), metadata=told)
+    assert artifacts.evaluate(bare, "digits", "small-cnn").accuracy == pytest.approx(accuracy)
+    with pytest.raises(ValueError, match="bare names no dataset: give --dataset"):
+        artifacts.evaluate(bare)
+    with pytest.raises(ValueError, match="bare names no model: give --model"):
+        artifacts.evaluate(bare, "digits")
+    with pytest.raises(
+        ValueError,
+        match=r"bare is of another network: it lacks batch_stats/.* and \d+ more; it has besides",
+    ):
+        artifacts.evaluate(bare, "digits", "resnet20")
+    qj.save(bare, qj.load(path), metadata={"inputs": {"srq_inputs": {}}})
+    with pytest.raises(ValueError, match="unknown input quantizer 'srq_inputs'; did you mean 'srq"):
+        artifacts.evaluate(bare, "digits", "small-cnn")
+
+
+def test_inspect_shows_leaves_sizes_digests_and_metadata(network, capsys, tmp_path):
+    path, _ = network
+    assert main(["inspect", str(path), "--plots", str(tmp_path / "new" / "plots")]) == 0
+    shown = capsys.readouterr().out
+    for part in ("params/Conv_0", "MultiBit", "ans", "SHA-256 digests agree", "model: small-cnn"):
+        assert part in shown
+    assert f"{path.stat().st_size:,} bytes in all" in shown
+    for name in ("bits.png", "weights.png"):
+        assert (tmp_path / "new" / "plots" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_of_leaves_with_many_levels_and_of_none(tmp_path):
+    rng = np.random.default_rng(0)
+    params = {"kernel": rng.normal(size=(50, 40)).astype(np.float32)}
+    quantizer = qj.uniform(8, axes="channel")
+    qj.save(tmp_path / "net", quantizer.encode(params, quantizer.init(params)))
+    artifacts.inspect(tmp_path / "net", tmp_path / "plots", tell=lambda *a, **k: None)
+    assert (tmp_path / "plots" / "weights.png").exists()
+    qj.save(tmp_path / "plain", params)
+    with pytest.raises(ValueError, match="plain: no encoded leaves to draw"):
+        artifacts.inspect(tmp_path / "plain", tmp_path / "plots", tell=lambda *a, **k: None)
+
+
+def test_files_that_are_none(tmp_path, capsys):
+    (tmp_path / "text").write_text("not a network")
+    for command in ("inspect", "evaluate"):
+        assert main([command, str(tmp_path / "text")]) == 2
+        assert "text: no safetensors file" in capsys.readouterr().err
+        assert main([command, str(tmp_path / "absent")]) == 2
+        assert "No such file" in capsys.readouterr().err
+
+
+def test_every_input_quantizer_can_be_named():
+    public = {name for name in qj.__all__ if name.endswith("_input")}
+    assert set(artifacts.INPUTS) == public
