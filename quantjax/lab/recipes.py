@@ -126,7 +126,7 @@ def run(name: str, context: Context, out: Path | None = None) -> Path:
         "rows": [],
     }
     for row in recipe.run(context):
-        if "network" in row:
+        if isinstance(row.get("network"), Network):
             row = _saved(row, folder / "networks", target.stem)
         record["rows"].append(row)
         record["seconds"] = round(time.monotonic() - began, 1)
