@@ -4,6 +4,8 @@ import jax
 import numpy as np
 import pytest
 
+from quantjax.core import qarray
+from quantjax.encoded import storage
 from quantjax.lab import methods
 from quantjax.lab.deploy import deploy
 from quantjax.lab.train import engine
@@ -31,7 +33,7 @@ def layout(tree):
 
 @pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize("name", [name for name in methods.METHODS if name != "alq-0.5"])
-def test_every_method_trains_and_ships_at_every_width(name, task):
+def test_every_method_trains_and_ships_at_every_width(name, task, tmp_path):
     entry = methods.METHODS[name]
     steps, layouts, ends = None, [], {}
     widths = entry.chosen(WIDTHS)
@@ -60,6 +62,9 @@ def test_every_method_trains_and_ships_at_every_width(name, task):
             assert shipped.bits == pytest.approx(bits, rel=0.25)
         for leaf in jax.tree.leaves(shipped.variables):
             assert np.all(np.isfinite(leaf))
+        storage.save(tmp_path / "net", {**shipped.variables, "params": shipped.encoded})
+        loaded = qarray.decode(storage.load(tmp_path / "net"))
+        jax.tree.map(np.testing.assert_array_equal, loaded, dict(shipped.variables))
     if steps is None or not entry.shared:
         return
     assert all(other == layouts[0] for other in layouts)
