@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import stat
+from pathlib import Path
 
 import flax
 import flax.linen as nn
@@ -356,3 +357,35 @@ def test_a_file_is_a_safetensors_file_that_others_read(variables, tmp_path):
     with safe_open(path, framework="np") as file:
         told = file.metadata()
     assert (told["quantjax"], json.loads(told["metadata"])) == ("1", {"model": "Net"})
+
+
+def version_1() -> dict:
+    """The tree of version1.safetensors, every kind and coder in it, made of whole numbers."""
+    n = np.arange(600)
+    skewed = (n * n % 11 % 5).reshape(20, 30)
+    step = (1 + n[:30].reshape(1, 30) % 4) / np.float32(8)
+    mask = (n[:12].reshape(4, 1, 3) % 5) > 0
+    coords = np.where(mask, np.float32(0.5) * (1 + n[:12].reshape(4, 1, 3) % 3), 0)
+    basis = (2 * (n[:60].reshape(4, 5, 3) % 7 % 2) - 1).astype(np.int8)
+    return {
+        "params": {
+            "packed": qj.Grid(
+                (n[:35].reshape(5, 7) % 16 - 8).astype(np.int8), step[:, :1], 4, FLOAT32
+            ),
+            "narrow": qj.Grid(
+                (n[:21] % 3 - 1).reshape(3, 7).astype(np.int8), step[:, :1], 2, FLOAT32, 3
+            ),
+            "coded": qj.Grid((np.minimum(skewed, 3) - 2).astype(np.int8), step, 2, FLOAT32),
+            "table": qj.Table(skewed.astype(np.uint8), step[:, None, :8], 3, np.dtype("float16")),
+            "sums": qj.MultiBit(basis, coords, mask, FLOAT32),
+            "sparse": np.where(n % 50 == 0, n, 0).astype(np.float32),
+            "bias": np.float32(0.25) * n[1:6].astype(np.float32),
+        },
+        "empty": {},
+    }
+
+
+def test_files_of_version_1_are_read_for_ever():
+    path = Path(__file__).parent / "version1.safetensors"
+    check_equal(qj.load(path), version_1())
+    assert {leaf.coder for leaf in storage.inspect(path).leaves.values()} == {"", "ans", "packed"}
