@@ -15,6 +15,7 @@ from quantjax.core.quantizer import (
     owned,
 )
 from quantjax.core.stacked import stacked
+from quantjax.encoded.export import export
 from quantjax.encoded.storage import load, save
 from quantjax.encoded.summary import summary
 from quantjax.methods.alq.multibit import average_bits, multi_bit, sketch, storage_bits
@@ -65,6 +66,7 @@ __all__ = [
     "decode",
     "dorefa",
     "dorefa_input",
+    "export",
     "focused",
     "hard",
     "leafwise",

@@ -52,7 +52,7 @@ def store(leaf, coding: str = "smallest", floats: str | None = None) -> Stored:
     if isinstance(leaf, qarray.MultiBit):
         leaf.validate()
         return _store_bases(leaf, coding)
-    array = _plain(leaf)
+    array = plain(leaf)
     narrow = _narrowed(array, floats)
     row = {} if narrow is array else {"kind": "cast", "dtype": array.dtype.name}
     candidates = [Stored(row, narrow), *_store_sparse(narrow, array.dtype, coding)]
@@ -80,6 +80,16 @@ def declared_bytes(stored: Stored) -> int:
     """Returns the bytes of the decoded leaf in float32, as the row declares it."""
     shape = next((key for key in ("shape", "view") if key in stored.row), None)
     return 4 * math.prod(_shape(stored.row, shape) if shape else stored.data.shape)
+
+
+def kept_first(leaf):
+    """Returns basis, coords and mask of a MultiBit, NumPy, kept slots first in every group."""
+    basis, coords = np.asarray(leaf.basis), np.asarray(leaf.coords)
+    # A stable order: what is kept moves to the front of its group, and sums stay the same.
+    order = np.argsort(~np.asarray(leaf.mask), axis=-1, kind="stable")
+    kept = np.take_along_axis(np.asarray(leaf.mask), order, axis=-1)
+    coords = np.take_along_axis(coords, order, axis=-1)
+    return np.take_along_axis(basis, np.broadcast_to(order, basis.shape), axis=-1), coords, kept
 
 
 def _store_codes(leaf, coding):
@@ -115,12 +125,7 @@ def _read_table(row, data):
 
 
 def _store_bases(leaf, coding):
-    basis, coords = np.asarray(leaf.basis), np.asarray(leaf.coords)
-    # A stable order: what is kept moves to the front of its group, and sums stay the same.
-    order = np.argsort(~np.asarray(leaf.mask), axis=-1, kind="stable")
-    kept = np.take_along_axis(np.asarray(leaf.mask), order, axis=-1)
-    coords = np.take_along_axis(coords, order, axis=-1)
-    basis = np.take_along_axis(basis, np.broadcast_to(order, basis.shape), axis=-1)
+    basis, coords, kept = kept_first(leaf)
     bits = (basis[np.broadcast_to(kept, basis.shape)] > 0).astype(np.uint8)
     counts = kept.sum(axis=-1).ravel()
     most = int(counts.max(initial=0))
@@ -170,7 +175,8 @@ def _places(counts, most):
     return ((counts[:, None] >> np.arange(most.bit_length())) & 1).astype(np.uint8).ravel()
 
 
-def _plain(leaf):
+def plain(leaf) -> np.ndarray:
+    """Returns an array as NumPy's; raises ValueError for what no file holds, NaN and infinity."""
     if not isinstance(leaf, np.ndarray | np.generic | jax.Array):
         raise ValueError(f"a {type(leaf).__name__} cannot be stored: no array, no encoded leaf")
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):

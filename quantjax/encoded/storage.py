@@ -55,7 +55,7 @@ def save(path, tree, *, metadata: dict | None = None, coding="smallest", floats=
         metadata that JSON cannot say.
       OSError: the folder cannot be written; an old file is as it was.
     """
-    _replace(Path(path), to_bytes(tree, metadata=metadata, coding=coding, floats=floats))
+    replace(Path(path), to_bytes(tree, metadata=metadata, coding=coding, floats=floats))
 
 
 def to_bytes(tree, *, metadata: dict | None = None, coding="smallest", floats=None) -> bytes:
@@ -234,7 +234,8 @@ def _json(value) -> str:
         raise ValueError(f"metadata must be what JSON can say: {error}") from None
 
 
-def _replace(path: Path, data):
+def replace(path: Path, data):
+    """Writes a file beside its place and renames it; raises OSError, an old file as it was."""
     path = path.resolve()
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))

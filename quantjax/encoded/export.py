@@ -1,0 +1,188 @@
+"""Networks as StableHLO: a function of the inputs alone, weights inside, that JAX alone runs.
+
+Weights lie in the artifact once, as packed as in a file (not entropy coded), and are decoded in the
+graph. In a process that knows nothing of quantjax, with `pip install jax flatbuffers`:
+
+    jax.export.deserialize(open("model.stablehlo", "rb").read()).call(images)
+
+JAX runs an artifact with releases up to six months newer, or three weeks older, than the one that
+wrote it; a file of `save` is what lasts. `call` has no gradient and no vmap.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export as jax_export
+from jax import lax
+
+from quantjax.core import checks, qarray
+from quantjax.encoded import leaves as leaves_lib
+from quantjax.encoded import packing
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+KNOWN = (*PLATFORMS, "rocm")
+LARGEST = 2**31 - 2**20  # bytes of weights: flatbuffers end at 2 GiB
+
+
+def export(
+    apply: Callable,
+    variables,
+    example,
+    *,
+    batch: int | None = None,
+    platforms: tuple[str, ...] = PLATFORMS,
+) -> bytes:
+    """Returns `apply` with its variables as a serialized `jax.export.Exported`.
+
+    Args:
+      apply: `apply(variables, x)`, of any framework, with arrays in the place of encoded leaves.
+        Leaves of other classes (what `pack` gives) come to it as they are.
+      variables: any tree: `{"params": encoded, "batch_stats": ..., "quant": ...}`.
+      example: x, or its ShapeDtypeStructs, any tree of arrays whose first axis is the batch.
+      batch: rows that the artifact takes; None: any number, a symbol while it is traced.
+      platforms: that the one artifact runs on, of cpu, cuda, tpu and rocm.
+
+    Raises:
+      ValueError: an unknown platform, an input without rows, a leaf (named) that cannot be
+        shipped, 2 GiB of weights, or a network that asks how many rows there are without `batch`.
+      ImportError: flatbuffers is missing.
+    """
+    try:
+        import flatbuffers  # noqa: F401  JAX asks for it only when all work is done
+    except ImportError as error:
+        raise ImportError('an artifact takes: pip install "quantjax[export]"') from error
+    if not platforms:
+        raise ValueError(f"no platform is given; known are {', '.join(KNOWN)}")
+    for platform in platforms:
+        checks.choice("platform", platform, KNOWN)
+    if batch is not None:
+        batch = checks.whole("batch", batch, 1)
+    inputs = _specs(example, batch)
+    arrays, rebuild = _taken_apart(variables)
+    if sum(array.nbytes for array in jax.tree.leaves(arrays)) > LARGEST:
+        raise ValueError("an artifact ends at 2 GiB, and the packed weights alone are larger")
+
+    def network(x):
+        # Without the barrier XLA folds the decoding, and compiles floats into its program.
+        return apply(rebuild(lax.optimization_barrier(arrays)), x)
+
+    try:
+        with _without_source_paths():
+            exported = jax_export.export(jax.jit(network), platforms=platforms)(inputs)
+    except jax.errors.InconclusiveDimensionOperation as error:
+        raise ValueError(
+            f"the network asks how many rows its batch has: give their number, batch=N ({error})"
+        ) from error
+    return bytes(exported.serialize())
+
+
+def _specs(example, batch):
+    rows = batch if batch is not None else jax_export.symbolic_shape("batch")[0]
+
+    def spec(key_path, leaf):
+        leaf = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else np.asarray(leaf)
+        if not leaf.shape:
+            name = jax.tree_util.keystr(key_path) or "the input"
+            raise ValueError(f"{name} is a scalar: inputs have the batch as their first axis")
+        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+        return jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), dtype)
+
+    return jax.tree_util.tree_map_with_path(spec, example)
+
+
+def _taken_apart(variables):
+    """Returns the arrays that go into the artifact, and how they become variables again."""
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(variables, is_leaf=qarray.is_encoded)
+    arrays, decoders = [], []
+    for key_path, leaf in pairs:
+        try:
+            held, decoder = _held(leaf)
+        except ValueError as error:
+            name = jax.tree_util.keystr(key_path, simple=True, separator="/")
+            raise ValueError(f"{name}: {error}") from None
+        arrays.append(held)
+        decoders.append(decoder)
+
+    def rebuild(arrays):
+        return treedef.unflatten([d(held) for d, held in zip(decoders, arrays, strict=True)])
+
+    return arrays, rebuild
+
+
+def _held(leaf):
+    """Returns the arrays of a leaf and the function that makes an array of them in the graph."""
+    if isinstance(leaf, qarray.MultiBit):
+        return _held_bases(leaf.validate())
+    if qarray.is_encoded(leaf):
+        return _held_codes(leaf.validate())
+    return (leaves_lib.plain(leaf),), lambda held: held[0]
+
+
+def _held_codes(leaf):
+    levels, shape = qarray.alphabet(leaf), leaf.shape
+    grid = isinstance(leaf, qarray.Grid)
+    bits, dtype = leaf.bits, leaf.dtype
+    stream = packing.pack(np.asarray(qarray.symbols(leaf)).ravel(), levels)
+
+    def decode(held):
+        stream, scales = held
+        symbols = packing.unpack(stream, levels, math.prod(shape)).reshape(shape)
+        if grid:
+            codes = qarray.grid_codes(symbols, levels, bits)
+            return qarray.Grid(codes, scales, bits, dtype, levels).decode()
+        return qarray.Table(symbols, scales, bits, dtype).decode()
+
+    return (stream, np.asarray(leaf.step if grid else leaf.levels)), decode
+
+
+def _held_bases(leaf):
+    """Slot by slot the bases of the groups that keep it: pruned ones take no room."""
+    basis, coords, mask = leaves_lib.kept_first(leaf)
+    view, group = basis.shape[:-1], mask.shape[:-1]
+    # Groups first, then the weights of a group.
+    order = sorted(range(len(view)), key=lambda axis: group[axis] == 1)
+    groups = math.prod(group)
+    size = math.prod(view) // max(1, groups)
+    basis = basis.transpose(*order, len(view)).reshape(groups, size, -1)
+    mask, coords = mask.reshape(groups, -1), coords.reshape(groups, -1)
+    counts = mask.sum(axis=-1)
+    slots = max(1, int(counts.max(initial=0)))
+    kept = [int(n) for n in mask.sum(axis=0)[:slots]]
+    bits = [(basis[mask[:, k], :, k] > 0).ravel() for k in range(slots)]
+    values = np.concatenate([coords[mask[:, k], k] for k in range(slots)])
+    streams = packing.pack(counts, slots + 1), packing.pack(np.concatenate(bits), 2)
+    shape, dtype = leaf.shape, leaf.dtype
+
+    def decode(held):
+        counts, bits, values = held
+        counts = packing.unpack(counts, slots + 1, groups)
+        bits = packing.unpack(bits, 2, sum(kept) * size).reshape(-1, size)
+        signs = 2 * bits.astype(values.dtype) - 1
+        total, start = jnp.zeros((groups, size), values.dtype), 0
+        for k, n in enumerate(kept):
+            part = values[start : start + n, None] * signs[start : start + n]
+            if 0 < n < groups:
+                has = counts > k
+                part = jnp.where(has[:, None], part[jnp.cumsum(has) - 1], 0)
+            total = total + part if n else total
+            start += n
+        total = total.reshape([view[axis] for axis in order]).transpose(np.argsort(order))
+        return total.reshape(shape).astype(dtype)
+
+    return (*streams, values), decode
+
+
+@contextlib.contextmanager
+def _without_source_paths():
+    """Keeps the paths of source files, which JAX writes beside every operation, out of it."""
+    name = "jax_traceback_in_locations_limit"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
