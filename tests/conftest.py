@@ -1,7 +1,6 @@
 """Strict numerics for every test, and eight simulated devices for the sharding laws."""
 
 import atexit
-import contextlib
 import os
 import shutil
 import tempfile
@@ -23,6 +22,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # A second run with other versions asks what compiles and what comes out, not how fast it is.
 jax.config.update("jax_disable_most_optimizations", "QUANTJAX_QUICK" in os.environ)
 
+from tests import quick  # noqa: E402
+
 
 @pytest.fixture
 def few_programs():
@@ -30,23 +31,15 @@ def few_programs():
     jax.clear_caches()
 
 
-@contextlib.contextmanager
-def without_optimizations():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="module")
 def quick_compilation():
     """Programs of tests about wiring, not numbers: most of their time would be the compiler's."""
-    with without_optimizations():
+    with quick.compilation():
         yield
 
 
 @pytest.fixture
 def quick_programs():
     """As `quick_compilation`, for one test."""
-    with without_optimizations():
+    with quick.compilation():
         yield

@@ -118,11 +118,11 @@ def test_laws_1_to_3(name, quantizer, params_of, dtype):
     testing.law_3_the_tree_is_kept(quantizer, params)
 
 
-def test_law_4_gradients_are_finite(quantizer, params_of):
+def test_law_4_gradients_are_finite(quantizer, params_of, quick_programs):
     testing.law_4_gradients_are_finite(quantizer, params_of())
 
 
-def test_law_4_leaves_of_one_element(name, quantizer):
+def test_law_4_leaves_of_one_element(name, quantizer, quick_programs):
     if name in ("partition", "pruned", "named") or name.startswith("stacked"):
         pytest.skip("its patterns name other leaves")
     if name == "multi-bit":
@@ -176,7 +176,7 @@ def test_the_largest_weight_has_a_gradient():
             assert bool(jnp.all(jax.jit(jax.vmap(grads))(leaves)["kernel"] == 1)), (bits, axes)
 
 
-def test_penalty_is_a_finite_scalar(quantizer, params_of):
+def test_penalty_is_a_finite_scalar(quantizer, params_of, quick_programs):
     state = quantizer.init(params_of())
     for key in (None, jax.random.key(0)):
         penalty = quantizer.penalty(state, key=key)

@@ -1,10 +1,11 @@
 """Programs that run once or twice: compiling them well would take longer than running them."""
 
+import contextlib
 import functools
+from unittest import mock
 
 import jax
-
-OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+from jax._src import compiler  # its options of all programs are an interface of no other module
 
 
 def _known(name, value):
@@ -15,7 +16,29 @@ def _known(name, value):
     return True
 
 
-jit = functools.partial(
-    jax.jit,
-    compiler_options={name: value for name, value in OPTIONS.items() if _known(name, value)},
-)
+OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+OPTIONS = {name: value for name, value in OPTIONS.items() if _known(name, value)}
+FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in OPTIONS.items())  # XLA_FLAGS
+
+jit = functools.partial(jax.jit, compiler_options=OPTIONS)
+
+
+@contextlib.contextmanager
+def compilation():
+    """All that is compiled inside, operations outside of jit, too.
+
+    The switch that jax has leaves out the emitters of fusions, which are half of the time.
+    """
+    chosen = compiler.get_compile_options
+
+    def hurried(*args, env_options_overrides=None, **kwargs):
+        options = OPTIONS | dict(env_options_overrides or {})
+        return chosen(*args, env_options_overrides=options, **kwargs)
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        with mock.patch.object(compiler, "get_compile_options", hurried):
+            yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
