@@ -12,7 +12,7 @@ import quantjax as qj
 from experiments.alq import training
 from quantjax.lab import data, models
 from quantjax.lab.models import dead_channels
-from quantjax.lab.recipes import Context
+from quantjax.lab.recipes import Context, Network
 from quantjax.lab.train import engine
 
 LENET5 = tuple(dead_channels.Layer(name) for name in ("Conv_0", "Conv_1", "Dense_0", "Dense_1"))
@@ -29,6 +29,7 @@ class Protocol(NamedTuple):
     float_epochs: float  # of training in full precision
     float_rate: float
     structures: dict  # for `training.structured`
+    model: str  # its name
 
     @property
     def per_epoch(self) -> int:
@@ -93,9 +94,11 @@ class Protocol(NamedTuple):
 
     def row(self, name: str, outcome: training.Outcome, seed: int) -> dict:
         """Returns the record's row of a multi-bit network."""
+        told = {"model": self.model, "dataset": self.task.dataset.name}
         row = {
             "row": name,
             "seed": seed,
+            "file": Network({**outcome.variables, "params": outcome.encoded}, told),
             "average bits": round(outcome.bits, 4),
             "low precision": self.accuracy(outcome.variables),
             "KB": round(outcome.kilobytes, 2),
@@ -148,6 +151,7 @@ def make(
         float_epochs,
         float_rate,
         structures,
+        model,
     )
 
 

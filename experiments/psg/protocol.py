@@ -15,7 +15,7 @@ from quantjax.core.quantizer import Quantizer
 from quantjax.lab import data, models
 from quantjax.lab.deploy import deploy
 from quantjax.lab.models.torch_import import import_state_dict, load_torch
-from quantjax.lab.recipes import Context
+from quantjax.lab.recipes import Context, Network
 from quantjax.lab.train import engine
 
 
@@ -30,6 +30,7 @@ class Protocol(NamedTuple):
     end: float
     batch_size: int
     compiled: dict  # {name: Steps}: one program for all widths of an optimizer
+    model: str  # its name
 
     def rate(self, start: float = 0.0) -> optax.Schedule:
         """Returns the learning rate by step of a part that begins at epoch `start`."""
@@ -70,9 +71,11 @@ class Protocol(NamedTuple):
         ).variables
 
     def scores(self, variables: Mapping, quantizer: Quantizer) -> dict:
-        """Returns accuracies in percent at full and low precision, and table A1's MSE."""
+        """Returns accuracies in percent at full and low precision, table A1's MSE, and the file."""
         shipped = deploy(variables, quantizer)
+        told = {"model": self.model, "dataset": self.task.dataset.name}
         return {
+            "file": Network({**shipped.variables, "params": shipped.encoded}, told),
             "full precision": self.accuracy(variables),
             "low precision": self.accuracy(shipped.variables),
             "MSE": round(shipped.weight_error, 4),
@@ -142,7 +145,7 @@ def make(
     loaded = data.load(dataset, context.data_dir)
     task = engine.Task(models.build(model, loaded.classes), loaded, augment)
     evaluate = engine.make_evaluate(task)
-    return Protocol(context, task, evaluate, rates, switch, end, batch_size, {})
+    return Protocol(context, task, evaluate, rates, switch, end, batch_size, {}, model)
 
 
 def sgd(rate, weight_decay: float = 1e-4) -> optax.GradientTransformation:

@@ -11,7 +11,7 @@ from quantjax.core.quantizer import InputQuantizer, Quantizer
 from quantjax.lab import data, models
 from quantjax.lab.deploy import Deployed, deploy
 from quantjax.lab.methods import MASK_RATE, faster_masks
-from quantjax.lab.recipes import Context
+from quantjax.lab.recipes import Context, Network
 from quantjax.lab.train import engine
 from quantjax.methods.srq import widths
 from quantjax.methods.srq.semi_relaxed import srq, srq_input
@@ -28,6 +28,7 @@ class Grids(NamedTuple):
     weight_decay: float
     mask_rate: float  # how much faster the masks' logits learn
     compiled: dict  # {name: Steps}: one program for all runs of a name
+    model: str  # its name
 
     @property
     def steps(self) -> int:
@@ -56,7 +57,12 @@ class Grids(NamedTuple):
         shipped = deploy(state.variables, quantizer, state.state)
         evaluate = engine.make_evaluate(self.task, inputs)
         accuracy = evaluate(shipped.variables, self.task.dataset.test).accuracy
-        return Trained(round(100 - accuracy, 2), widths.of_state(state.state), state, shipped)
+        dataset = self.task.dataset
+        told = {"model": self.model, "dataset": dataset.name, "inputs": repr(inputs)}
+        told |= {"mean": list(dataset.mean), "std": list(dataset.std)}
+        network = Network({**shipped.variables, "params": shipped.encoded}, told)
+        error = round(100 - accuracy, 2)
+        return Trained(error, widths.of_state(state.state), state, shipped, network)
 
     def learned(
         self,
@@ -147,6 +153,7 @@ class Trained(NamedTuple):
     widths: dict  # of its layers by path; 1 is ternary
     state: engine.TrainState
     shipped: Deployed
+    network: Network
 
     @property
     def named_widths(self) -> str:
@@ -160,6 +167,7 @@ class Trained(NamedTuple):
             "bits": bits,
             "seed": seed,
             "error": self.error,
+            "file": self.network,
             "widths": self.named_widths,
         }
 
@@ -223,7 +231,7 @@ def make(
         half = (0.5,) * len(loaded.mean)
         loaded = loaded._replace(mean=half, std=half)
     task = engine.Task(models.build(model, loaded.classes), loaded, augment)
-    return Grids(context, task, epochs, batch_size, schedule, weight_decay, mask_rate, {})
+    return Grids(context, task, epochs, batch_size, schedule, weight_decay, mask_rate, {}, model)
 
 
 def paper_lenet(context: Context) -> Grids:

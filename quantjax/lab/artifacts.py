@@ -1,5 +1,6 @@
 """The commands on a saved network: `quantjax inspect` and `quantjax evaluate`."""
 
+import ast
 from pathlib import Path
 
 import jax
@@ -63,8 +64,9 @@ def evaluate(
 
     Args:
       path: of the file.
-      dataset, model: as in `quantjax compare`; None: what the file's metadata say. Metadata
-        `{"inputs": {"srq_input": {"bits": 4}}}` name the quantizer of the layers' inputs.
+      dataset, model: as in `quantjax compare`; None: what the file's metadata say. Its metadata
+        may also have `inputs`, the repr of the quantizer of the layers' inputs or of a dict of
+        them by pattern, and `mean` and `std`, if other than the data set's.
       data_dir: where prepared TFDS sets lie.
 
     Raises:
@@ -76,6 +78,8 @@ def evaluate(
         if not isinstance(told.get(name), str):
             raise ValueError(f"{path} names no {name}: give --{name}")
     loaded = data.load(told["dataset"], data_dir)
+    for name in {"mean", "std"} & told.keys():
+        loaded = loaded._replace(**{name: tuple(told[name])})
     task = engine.Task(models.build(told["model"], loaded.classes), loaded)
     tree = storage.load(path)
     # Collections of input quantizers are the file's own; the others must be the model's.
@@ -84,11 +88,25 @@ def evaluate(
     return engine.make_evaluate(task, _inputs(told))(variables, loaded.test)
 
 
-def _inputs(told) -> InputQuantizer | None:
-    found = told.get("inputs")
-    if not found:
-        return None
-    ((name, arguments),) = found.items()
-    if name not in INPUTS:
-        raise nearest_name_error("input quantizer", name, INPUTS)
-    return INPUTS[name](**arguments)
+def _inputs(told) -> InputQuantizer | dict | None:
+    text = told.get("inputs", "None")
+    try:
+        return _made(ast.parse(text, mode="eval").body)
+    except (SyntaxError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"metadata say inputs={text!r}, which is no input quantizer: {error}"
+        ) from None
+
+
+def _made(node):
+    """Returns what the repr of a quantizer, a dict of them or None says; nothing else is called."""
+    if isinstance(node, ast.Dict):
+        pairs = zip(node.keys, node.values, strict=True)
+        return {ast.literal_eval(key): _made(value) for key, value in pairs}
+    if not isinstance(node, ast.Call):
+        return ast.literal_eval(node)
+    if node.func.id not in INPUTS:
+        raise nearest_name_error("input quantizer", node.func.id, INPUTS)
+    arguments = map(ast.literal_eval, node.args)
+    options = {option.arg: ast.literal_eval(option.value) for option in node.keywords}
+    return INPUTS[node.func.id](*arguments, **options)

@@ -51,7 +51,7 @@ class Context:
 
 
 class Network(NamedTuple):
-    """What a row may hold under "network": it is saved as a file, whose size the record keeps."""
+    """What a row may hold under "file": it is saved; the record keeps the file's name and size."""
 
     tree: dict  # {"params": encoded, ...}
     metadata: dict  # model and dataset, for `quantjax evaluate`
@@ -126,8 +126,7 @@ def run(name: str, context: Context, out: Path | None = None) -> Path:
         "rows": [],
     }
     for row in recipe.run(context):
-        if isinstance(row.get("network"), Network):
-            row = _saved(row, folder / "networks", target.stem)
+        row = _saved(row, folder / "networks", target.stem)
         record["rows"].append(row)
         record["seconds"] = round(time.monotonic() - began, 1)
         _write(target, record)
@@ -138,9 +137,12 @@ def run(name: str, context: Context, out: Path | None = None) -> Path:
 
 
 def _saved(row: dict, folder: Path, record: str) -> dict:
-    """Saves a row's network; returns the row with the file's name and its bytes over 1000."""
-    network: Network = row["network"]
-    row = {key: value for key, value in row.items() if key != "network"}
+    """Saves a row's network, if any; returns the row with the file's name and kilobytes."""
+    networks = [value for value in row.values() if isinstance(value, Network)]
+    row = {key: value for key, value in row.items() if not isinstance(value, Network)}
+    if not networks:
+        return row
+    (network,) = networks
     told = [record, *(str(row[key]) for key in ("row", "bits", "sparsity") if key in row)]
     name = re.sub("[^a-z0-9.]+", "-", " ".join([*told, f"seed{row.get('seed', 0)}"]).lower())
     path = folder / f"{name}.safetensors"

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import quantjax as qj
+from quantjax.encoded import storage
 from quantjax.lab import artifacts, data, models
 from quantjax.lab.cli import main
 from quantjax.lab.train import engine
@@ -21,13 +22,13 @@ def task():
 def network(task, tmp_path_factory):
     """A file of a network with weights and inputs of few bits, and its accuracy."""
     variables = task.init(0)
-    makers = qj.srq_input(4)
-    apply = qj.linen.quantize_inputs(task.model.apply, makers)
+    inputs = {"Conv_0": None, ".*": qj.srq_input(4, signed=False)}
+    apply = qj.linen.quantize_inputs(task.model.apply, inputs)
     variables = qj.linen.calibrate(apply, variables, task.inputs(task.dataset.train.images[:64]))
     quantizer = qj.partition({"Conv.*": qj.uniform(4), ".*kernel": qj.multi_bit(2, axes=-2)})
     encoded = quantizer.encode(variables["params"], quantizer.init(variables["params"]))
     path = tmp_path_factory.mktemp("network") / "net.safetensors"
-    told = {"model": "small-cnn", "dataset": "digits", "inputs": {"srq_input": {"bits": 4}}}
+    told = {"model": "small-cnn", "dataset": "digits", "inputs": repr(inputs)}
     qj.save(path, {**variables, "params": encoded}, metadata=told)
     logits = jax.jit(lambda v, x: apply(v, x))(
         {**variables, "params": qj.decode(encoded)}, task.inputs(task.dataset.test.images)
@@ -45,7 +46,7 @@ def test_evaluate_says_what_the_network_scores(network, capsys):
 def test_what_is_given_comes_before_what_the_file_says(network, tmp_path):
     path, accuracy = network
     bare = tmp_path / "bare"
-    told = {"inputs": {"srq_input": {"bits": 4}}}
+    told = {"inputs": storage.inspect(path).metadata["inputs"]}
     qj.save(bare, qj.load(path), metadata=told)
     assert artifacts.evaluate(bare, "digits", "small-cnn").accuracy == pytest.approx(accuracy)
     with pytest.raises(ValueError, match="bare names no dataset: give --dataset"):
@@ -57,9 +58,19 @@ def test_what_is_given_comes_before_what_the_file_says(network, tmp_path):
         match=r"bare is of another network: it lacks batch_stats/.* and \d+ more; it has besides",
     ):
         artifacts.evaluate(bare, "digits", "resnet20")
-    qj.save(bare, qj.load(path), metadata={"inputs": {"srq_inputs": {}}})
-    with pytest.raises(ValueError, match="unknown input quantizer 'srq_inputs'; did you mean 'srq"):
-        artifacts.evaluate(bare, "digits", "small-cnn")
+    for inputs, message in (
+        ("srq_inputs(4)", "unknown input quantizer 'srq_inputs'; did you mean 'srq"),
+        ("open('/etc')", "unknown input quantizer 'open'"),
+        ("srq_input(4).init(3)", "which is no input quantizer"),
+        ("srq_input(", "which is no input quantizer"),
+        ("srq_input(99)", "bits must be"),
+    ):
+        qj.save(bare, qj.load(path), metadata={"inputs": inputs})
+        with pytest.raises(ValueError, match=message):
+            artifacts.evaluate(bare, "digits", "small-cnn")
+    mean = {"mean": [5.0], "std": [0.1]}
+    qj.save(bare, qj.load(path), metadata={**told, **mean})
+    assert artifacts.evaluate(bare, "digits", "small-cnn").loss != artifacts.evaluate(path).loss
 
 
 def test_inspect_shows_leaves_sizes_digests_and_metadata(network, capsys, tmp_path):

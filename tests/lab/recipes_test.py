@@ -178,7 +178,7 @@ def test_networks_of_rows_are_saved_and_their_size_is_recorded(tmp_path):
         "def run(context):\n"
         "    tree = {'params': {'kernel': np.ones((3, 4), np.float32)}}\n"
         "    yield {'row': 'A, b', 'seed': 7, 'low precision': 98.5, 'layers': {},\n"
-        "           'network': Network(tree, {'model': 'lenet5'}, 'float16')}\n"
+        "           'file': Network(tree, {'model': 'lenet5'}, 'float16')}\n"
     )
     (row,) = json.loads(run(source, tmp_path / "out").read_text())["rows"]
     file = tmp_path / "out" / "networks" / "shipping-a-b-seed7.safetensors"

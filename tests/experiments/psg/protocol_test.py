@@ -23,6 +23,7 @@ def make(scale=1.0, **changes):
         end=8,
         batch_size=32,
         compiled={},
+        model="tiny",
     )
     return parts._replace(**changes)
 
@@ -87,7 +88,7 @@ def test_late_continues_from_the_switch_and_shares_a_program():
         parts.late("psg", chain, start, seed=0)
     assert parts.compiled["psg"].one._cache_size() == 1
     scores = parts.scores(start, protocol.grid(2))
-    assert set(scores) == {"full precision", "low precision", "MSE"}
+    assert set(scores) == {"file", "full precision", "low precision", "MSE"}
     assert isinstance(parts.task.dataset.train, data.Split)
 
 
