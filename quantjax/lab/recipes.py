@@ -142,7 +142,7 @@ def _saved(row: dict, folder: Path, record: str) -> dict:
     row = {key: value for key, value in row.items() if not isinstance(value, Network)}
     if not networks:
         return row
-    (network,) = networks
+    network = networks[-1]
     told = [record, *(str(row[key]) for key in ("row", "bits", "sparsity") if key in row)]
     name = re.sub("[^a-z0-9.]+", "-", " ".join([*told, f"seed{row.get('seed', 0)}"]).lower())
     path = folder / f"{name}.safetensors"

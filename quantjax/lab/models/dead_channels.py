@@ -6,6 +6,7 @@ that layer's bias, or into its batch norm's mean, and the channel's arrays go. I
 LeNet-5's 20-50-500-10 became 18-45-231-10.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -102,6 +103,62 @@ def remove_dead_channels(
     smaller = {"params": params} | ({"batch_stats": stats} if stats else {})
     smaller = {**variables, **jax.tree.map(jnp.asarray, smaller)}
     return Reduced(smaller, inputs, outputs)
+
+
+def reduced_encoded(encoded: Mapping, reduced: Reduced) -> dict:
+    """Returns the encoded params without the dead channels: what ships of the smaller network.
+
+    Args:
+      encoded: params {layer: {"kernel": Grid, Table or MultiBit, ...}} of the network from before.
+      reduced: of the same network; its biases, which took over what was constant, are shipped.
+
+    Raises:
+      ValueError: outputs in blocks, or blocks of inputs that would have unequal sizes.
+    """
+    smaller = dict(reduced.variables["params"])
+    for name, outputs in reduced.outputs.items():
+        kernel = _without(encoded[name]["kernel"], np.asarray(reduced.inputs[name]), outputs, name)
+        smaller[name] = {**smaller[name], "kernel": kernel}
+    return smaller
+
+
+def _without(leaf, inputs, outputs, name):
+    """Returns a leaf with those of its last two axes kept that the masks name."""
+    if not isinstance(leaf, qarray.MultiBit):
+        parts = [getattr(leaf, field.name) for field in dataclasses.fields(leaf)[:2]]
+        table = isinstance(leaf, qarray.Table)
+        parts = [_kept(part, inputs, outputs, ends=table and i) for i, part in enumerate(parts)]
+        return type(leaf)(*parts, **_static(leaf))
+    if leaf.blocks > 1:
+        rows = inputs.reshape(leaf.blocks, -1)
+        counts = set(rows.sum(axis=1).tolist())
+        if leaf.axis != -2 or len(counts) > 1:
+            raise ValueError(f"{name}: blocks of {counts} inputs along axis {leaf.axis}")
+        # [..., blocks, inputs, outputs, slots]: the same inputs leave one by one.
+        whole = leaf.basis.reshape(*leaf.basis.shape[:-4], -1, *leaf.basis.shape[-2:])
+        basis = _kept(whole, inputs, outputs, ends=1)
+        basis = basis.reshape(*basis.shape[:-3], leaf.blocks, -1, *basis.shape[-2:])
+    else:
+        basis = _kept(leaf.basis, inputs, outputs, ends=1)
+    groups = [_kept(part, inputs, outputs, ends=1) for part in (leaf.coords, leaf.mask)]
+    return qarray.MultiBit(basis, *groups, **_static(leaf))
+
+
+def _static(leaf):
+    arrays = {"codes", "step", "levels", "basis", "coords", "mask"}
+    if isinstance(leaf, qarray.Grid):
+        arrays -= {"levels"}  # their number
+    names = {field.name for field in dataclasses.fields(leaf)} - arrays
+    return {name: getattr(leaf, name) for name in names}
+
+
+def _kept(array, inputs, outputs, ends):
+    """Takes from the two axes before the last `ends` what is kept; an axis of one stays."""
+    array = np.asarray(array)
+    for kept, axis in ((inputs, -2 - ends), (outputs, -1 - ends)):
+        if array.shape[axis] == kept.size:
+            array = np.compress(kept, array, axis=axis)
+    return jnp.asarray(array)
 
 
 def reduced_storage_bits(encoded: Mapping, reduced: Reduced) -> int:

@@ -1,5 +1,7 @@
 """Networks without their dead channels: the same outputs from smaller arrays."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -135,6 +137,57 @@ def test_storage_counts_what_is_left():
     bases, coordinates, tables = 3 * 8 * 2 + 3 * 3 * 2, 3 * 2 + 3 * 2, 2 * 3 + 2 * 3
     assert dead_channels.reduced_storage_bits(encoded, reduced) == bases + 32 * coordinates + tables
     assert qj.storage_bits(encoded) > dead_channels.reduced_storage_bits(encoded, reduced)
+
+
+PARTS = {
+    "blocks": {
+        "Dense_0": qj.multi_bit(2, axes=-2, blocks=2),
+        "Conv_1": qj.multi_bit(2, axes=(-4, -3)),
+        "Dense_1": qj.multi_bit(2, axes=-2),
+        ".*kernel": qj.multi_bit(2, axes=(-4, -3, -2)),
+    },
+    "grids": {"Dense_1": qj.lsq(2, balanced=True, axes="channel"), ".*kernel": qj.uniform(3)},
+    "channels": {".*kernel": qj.uniform(3, axes="channel")},
+}
+
+
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+def test_what_is_encoded_ships_without_its_dead_channels(parts, tmp_path):
+    model = models.LeNet5(features=(6, 9, 20))
+    x = jnp.zeros((3, 28, 28, 1))
+    params = randomized(variables_of(model, x)["params"], 1)
+    quantizer = qj.partition(parts)
+    encoded = quantizer.encode(params, quantizer.init(params))
+    for layer, some in {"Conv_0": [1, 4], "Conv_1": [0, 2, 8], "Dense_0": [3, 19]}.items():
+        encoded[layer]["kernel"] = killed(encoded[layer]["kernel"], some)
+    reduced = dead_channels.remove_dead_channels({"params": qj.decode(encoded)}, LENET)
+    assert reduced.widths == "4-6-18-10"
+    smaller = dead_channels.reduced_encoded(encoded, reduced)
+    qj.save(tmp_path / "whole", encoded)
+    qj.save(tmp_path / "small", smaller)
+    assert (tmp_path / "small").stat().st_size < (tmp_path / "whole").stat().st_size
+    for found in (smaller, qj.load(tmp_path / "small")):
+        jax.tree.map(np.testing.assert_array_equal, qj.decode(found), reduced.variables["params"])
+
+
+def killed(leaf, channels):
+    """Returns a leaf whose channels decode to zero."""
+    if isinstance(leaf, qj.MultiBit):
+        coords, mask = (np.array(np.broadcast_to(a, a.shape)) for a in (leaf.coords, leaf.mask))
+        coords[..., channels, :], mask[..., channels, :] = 0, False
+        return dataclasses.replace(leaf, coords=jnp.asarray(coords), mask=jnp.asarray(mask))
+    codes = np.array(leaf.codes)
+    codes[..., channels] = 0
+    return dataclasses.replace(leaf, codes=jnp.asarray(codes))
+
+
+def test_blocks_that_would_be_uneven():
+    leaf = qj.sketch(jnp.ones((6, 2)), 1, -2, blocks=2)
+    reduced = dead_channels.Reduced(
+        {"params": {"a": {}}}, {"a": np.arange(6) > 0}, {"a": np.ones(2, bool)}
+    )
+    with pytest.raises(ValueError, match=r"a: blocks of \{2, 3\} inputs along axis -2"):
+        dead_channels.reduced_encoded({"a": {"kernel": leaf}}, reduced)
 
 
 def test_bad_layers():
