@@ -16,6 +16,7 @@ from quantjax.core.quantizer import (
 )
 from quantjax.core.stacked import stacked
 from quantjax.encoded.export import export
+from quantjax.encoded.packed import Packed, pack
 from quantjax.encoded.storage import load, save
 from quantjax.encoded.summary import summary
 from quantjax.methods.alq.multibit import average_bits, multi_bit, sketch, storage_bits
@@ -49,6 +50,7 @@ __all__ = [
     "Grid",
     "InputQuantizer",
     "MultiBit",
+    "Packed",
     "Phase",
     "QuantState",
     "Quantizer",
@@ -82,6 +84,7 @@ __all__ = [
     "nearest",
     "nnx",
     "owned",
+    "pack",
     "pact_input",
     "parq",
     "partition",

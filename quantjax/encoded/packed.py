@@ -1,0 +1,302 @@
+"""Encoded leaves that stay packed in memory, and products with them.
+
+Codes are packed along the kernel's second to last axis, the one that a product contracts: 8, 5, 4
+or 2 codes a byte for 2, 3, 4 or up to 16 levels. Five to eight levels are a plane of 2 bits and one
+of 1 bit, more levels take a byte or two a code. All axes are counted from the end.
+
+A product of few rows never decodes. The codes of a byte belong to inputs next to one another, so
+256 partial sums of them are all that a byte can mean: a table per group of inputs, in which every
+output looks its byte up, group by group.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from quantjax.core import qarray
+from quantjax.core.paths import flatten
+
+FEW = 4  # rows: up to here a table is faster than decoding (experiments/benchmarks/packed_products)
+BLOCKS = 16  # of inputs with coordinates of their own: beyond, products decode
+
+
+@dataclasses.dataclass(frozen=True)
+class Plane:
+    """How the digits of one plane lie in its words."""
+
+    base: int
+    per: int  # digits a word
+    weight: int = 1  # of a digit in its symbol
+
+    @property
+    def dtype(self):
+        """The words' dtype: two bytes for symbols beyond 256."""
+        return np.dtype(np.uint8 if self.base**self.per <= 256 else np.uint16)
+
+
+def planes(levels: int) -> tuple[Plane, ...]:
+    """Returns the planes of an alphabet of that many symbols, at most 2**16."""
+    if levels in (2, 3):
+        return (Plane(levels, 8 if levels == 2 else 5),)
+    if levels <= 4:
+        return (Plane(4, 4),)
+    if levels <= 8:
+        return (Plane(4, 4), Plane(2, 8, weight=4))
+    return (Plane(16, 2),) if levels <= 16 else (Plane(256 if levels <= 256 else 2**16, 1),)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Packed:
+    """A Grid, Table or MultiBit whose codes lie packed in words; make it by `pack`.
+
+    A leaf of one dimension is packed along it, as a kernel of one output.
+    """
+
+    words: tuple[jax.Array, ...]  # a plane each, uint8 or uint16 [..., ceil(rows / per), outputs]
+    scales: jax.Array  # step, levels, or coordinates [*group, K], 0 where pruned
+    kind: type = dataclasses.field(metadata={"static": True})
+    levels: int = dataclasses.field(metadata={"static": True})  # of a symbol
+    rows: int = dataclasses.field(metadata={"static": True})  # of the packed axis, of a block
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})
+    vector: bool = dataclasses.field(default=False, metadata={"static": True})
+    blocks: int = dataclasses.field(default=1, metadata={"static": True})
+    axis: int = dataclasses.field(default=-1, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the decoded leaf."""
+        *lead, _, outputs = self.words[0].shape
+        if self.kind is qarray.MultiBit:
+            lead = lead[:-1]  # bases lie before the packed axis
+        view = (*lead, self.rows, outputs)[: -1 if self.vector else None]
+        if self.blocks > 1:
+            at = len(view) + self.axis - 1
+            view = (*view[:at], view[at] * view[at + 1], *view[at + 2 :])
+        return tuple(view)
+
+    @property
+    def ndim(self) -> int:
+        """Dimensions of the decoded leaf."""
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory, padded rows and scales included."""
+        return sum(array.nbytes for array in (*self.words, self.scales))
+
+    def symbols(self):
+        """Returns the symbols in 0..levels-1, uint8 or uint16 `[..., rows, outputs]`."""
+        total = 0
+        for plane, words in zip(planes(self.levels), self.words, strict=True):
+            digits = [words // plane.base**i % plane.base for i in range(plane.per)]
+            if plane.per == 1:
+                digits = [words]
+            found = jnp.stack(digits, axis=-2)
+            found = found.reshape(*words.shape[:-2], -1, words.shape[-1])[..., : self.rows, :]
+            total = total + found * found.dtype.type(plane.weight)
+        return total[..., 0] if self.vector else total
+
+    def decode(self):
+        """Returns what the encoded leaf decodes to, bit for bit."""
+        symbols = self.symbols()
+        if self.kind is qarray.Grid:
+            codes = symbols.astype(jnp.int32) - self.levels // 2
+            return (codes.astype(self.scales.dtype) * self.scales).astype(self.dtype)
+        if self.kind is qarray.Table:
+            index = symbols.astype(jnp.int32)[..., None]
+            return jnp.take_along_axis(self.scales, index, axis=-1)[..., 0].astype(self.dtype)
+        signs = 2 * symbols.astype(self.scales.dtype) - 1
+        at = -2 if self.vector else -3
+        total = jnp.zeros(signs.shape[:at] + signs.shape[at + 1 :], signs.dtype)
+        for k in range(self.scales.shape[-1]):  # in the order of MultiBit.decode
+            total = total + self.scales[..., k] * jnp.take(signs, k, axis=at)
+        return total.reshape(self.shape).astype(self.dtype)
+
+
+def is_packed(leaf) -> bool:
+    """True for Packed."""
+    return isinstance(leaf, Packed)
+
+
+def pack(encoded):
+    """Returns the tree with its encoded leaves packed; other leaves are the same objects.
+
+    Packed leaves jit, donate, scan and vmap over leading axes, and shard along all but the packed
+    axis. A MultiBit packs the slots that its fullest group keeps, so under jit, where masks are
+    not known, it packs all.
+
+    Raises:
+      ValueError: an encoded leaf, named, without elements or dimensions.
+    """
+    flat, rebuild = flatten(
+        encoded, is_leaf=lambda leaf: qarray.is_encoded(leaf) or is_packed(leaf)
+    )
+    done = {}
+    for path, leaf in flat.items():
+        if qarray.is_encoded(leaf) and (not leaf.shape or 0 in leaf.shape):
+            raise ValueError(f"{path}: shape {leaf.shape} has nothing to pack")
+        done[path] = _pack(leaf) if qarray.is_encoded(leaf) else leaf
+    return rebuild(done)
+
+
+def unpacked(tree):
+    """Returns the tree with Packed and encoded leaves decoded; others are the same objects."""
+    return qarray.decode(
+        jax.tree.map(
+            lambda leaf: leaf.decode() if is_packed(leaf) else leaf, tree, is_leaf=is_packed
+        )
+    )
+
+
+def _pack(leaf):
+    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(leaf)):
+        leaf = jax.tree.map(np.asarray, leaf)  # NumPy compiles nothing for every shape
+    if isinstance(leaf, qarray.MultiBit):
+        return _pack_bases(leaf)
+    levels = qarray.alphabet(leaf)
+    scales = leaf.step if isinstance(leaf, qarray.Grid) else leaf.levels
+    symbols = qarray.symbols(leaf)
+    vector = symbols.ndim == 1
+    symbols = symbols[:, None] if vector else symbols
+    return Packed(
+        _words(symbols, levels),
+        jnp.asarray(scales),
+        kind=type(leaf),
+        levels=levels,
+        rows=symbols.shape[-2],
+        dtype=leaf.dtype,
+        vector=vector,
+    )
+
+
+def _pack_bases(leaf):
+    xp = leaf.basis.__array_namespace__()
+    basis, coords = leaf.basis, xp.where(leaf.mask, leaf.coords, 0)
+    if xp is np:
+        order = np.argsort(~leaf.mask, axis=-1, kind="stable")[..., : _slots(leaf.mask)]
+        coords = np.take_along_axis(coords, order, axis=-1)
+        wide = np.broadcast_to(order, (*basis.shape[:-1], order.shape[-1]))
+        basis = np.take_along_axis(basis, wide, axis=-1)
+    vector = basis.ndim == 2
+    bits = xp.moveaxis((basis > 0).astype(np.uint8), -1, -2 if vector else -3)
+    bits = bits[..., None] if vector else bits
+    return Packed(
+        _words(bits, 2),
+        jnp.asarray(coords),
+        kind=qarray.MultiBit,
+        levels=2,
+        rows=bits.shape[-2],
+        dtype=leaf.dtype,
+        vector=vector,
+        blocks=leaf.blocks,
+        axis=leaf.axis,
+    )
+
+
+def _slots(mask) -> int:
+    return max(1, int(mask.sum(axis=-1).max(initial=0)))
+
+
+def _words(symbols, levels):
+    xp = symbols.__array_namespace__()
+    words, rest = [], symbols
+    for plane in reversed(planes(levels)):
+        digits = (rest // plane.weight).astype(plane.dtype)
+        rest = rest - digits * rest.dtype.type(plane.weight)
+        missing = -digits.shape[-2] % plane.per
+        digits = xp.pad(digits, [(0, 0)] * (digits.ndim - 2) + [(0, missing), (0, 0)])
+        digits = digits.reshape(*digits.shape[:-2], -1, plane.per, digits.shape[-1])
+        total = sum(digits[..., i, :] * plane.dtype.type(plane.base**i) for i in range(plane.per))
+        words.append(jnp.asarray(total))
+    return tuple(reversed(words))
+
+
+def product(x, packed: Packed):
+    """Returns `x @ kernel` of a kernel [inputs, outputs] that stays packed.
+
+    Up to four rows of x look partial sums up in tables, more decode the kernel. Differentiable in
+    x. Sums are in float32 at least.
+
+    Args:
+      x: [..., inputs], float.
+      packed: of two dimensions.
+
+    Raises:
+      ValueError: another shape.
+    """
+    if packed.ndim != 2 or x.shape[-1:] != packed.shape[:1]:
+        raise ValueError(f"x {x.shape} and a packed leaf {packed.shape} have no product")
+    dtype = jnp.promote_types(x.dtype, packed.dtype)
+    if math.prod(x.shape[:-1]) <= FEW and has_tables(packed):
+        work = jnp.promote_types(dtype, jnp.float32)
+        flat = x.reshape(-1, x.shape[-1]).astype(work)
+        out = _by_tables(flat, packed)
+        return out.reshape(*x.shape[:-1], packed.shape[-1]).astype(dtype)
+    return jnp.matmul(x.astype(dtype), packed.decode().astype(dtype))
+
+
+def has_tables(packed: Packed) -> bool:
+    """True for kernels whose partial sums fit into tables: others are decoded for products.
+
+    These have at most 16 levels, and scales per output, per input or alone; a Table one codebook
+    and no planes; a MultiBit groups along the inputs, at most 16 blocks of them.
+    """
+    scales = packed.scales
+    if packed.ndim != 2 or packed.levels > 16:
+        return False
+    if packed.kind is qarray.Grid:
+        return 1 in scales.shape
+    if packed.kind is qarray.Table:
+        return scales.size == packed.levels and len(packed.words) == 1
+    inner = scales.shape[-3] == 1
+    return inner and (packed.blocks == 1 or (packed.axis == -2 and packed.blocks <= BLOCKS))
+
+
+def _by_tables(x, packed):
+    """Returns [rows, outputs] of x [rows, inputs]."""
+    scales = packed.scales.astype(x.dtype)
+    if packed.kind is qarray.MultiBit:
+        return _bases_by_tables(x, packed, scales)
+    if packed.kind is qarray.Table:
+        return _looked_up(x, packed.words[0], planes(packed.levels)[0], scales.ravel())
+    per_input, per_output = scales.shape
+    if per_input > 1:
+        x = x * scales[:, 0]
+    total = 0
+    for i, (plane, words) in enumerate(zip(planes(packed.levels), packed.words, strict=True)):
+        values = plane.weight * np.arange(plane.base) - (packed.levels // 2 if i == 0 else 0)
+        total = total + _looked_up(x, words, plane, jnp.asarray(values, x.dtype))
+    return total if per_input > 1 else total * scales[0]
+
+
+def _bases_by_tables(x, packed, scales):
+    signs = jnp.asarray([-1, 1], x.dtype)
+    words = packed.words[0].reshape(packed.blocks, -1, *packed.words[0].shape[-2:])
+    scales = scales.reshape(packed.blocks, -1, scales.shape[-1])  # [blocks, outputs or 1, K]
+    total = 0
+    for block, part in enumerate(jnp.split(x, packed.blocks, axis=-1)):
+        for k in range(scales.shape[-1]):
+            sums = _looked_up(part, words[block, k], planes(2)[0], signs)
+            total = total + scales[block, :, k] * sums
+    return total
+
+
+def _looked_up(x, words, plane, values):
+    """Returns x @ values[digits of words], [rows, outputs]: a table for every word's inputs."""
+    missing = -x.shape[-1] % plane.per
+    groups = jnp.pad(x, ((0, 0), (0, missing))).reshape(x.shape[0], -1, plane.per)
+    digits = np.arange(plane.base**plane.per)[:, None] // plane.base ** np.arange(plane.per)
+    table = values[digits % plane.base]  # [256, per]
+    sums = jnp.einsum("rgp,tp->grt", groups, table, precision=lax.Precision.HIGHEST)
+
+    def add(total, group):
+        sums, word = group
+        return total + jnp.take(sums, word, axis=-1, mode="clip"), None
+
+    first = jnp.zeros((x.shape[0], words.shape[-1]), x.dtype)
+    return lax.scan(add, first, (sums, words))[0]
