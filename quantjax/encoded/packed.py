@@ -101,6 +101,29 @@ class Packed:
             total = total + found * found.dtype.type(plane.weight)
         return total[..., 0] if self.vector else total
 
+    def take(self, index):
+        """Returns the rows of a leaf of two dimensions at integers `index`, decoded, as decode has.
+
+        Rows out of range are those at the ends. A MultiBit decodes as a whole.
+        """
+        if self.kind is qarray.MultiBit or self.vector or len(self.shape) != 2:
+            return jnp.take(self.decode(), index, axis=0, mode="clip")
+        index = jnp.clip(index, 0, self.rows - 1)
+        total = 0
+        for plane, words in zip(planes(self.levels), self.words, strict=True):
+            place = (index % plane.per)[..., None].astype(jnp.int32)
+            powers = jnp.asarray(plane.base ** np.arange(plane.per), jnp.int32)
+            found = jnp.take(words, index // plane.per, axis=0).astype(jnp.int32)
+            total = total + found // powers[place] % plane.base * plane.weight
+        scales = self.scales
+        if scales.shape[0] > 1:
+            scales = jnp.take(scales, index, axis=0)
+        if self.kind is qarray.Grid:
+            codes = (total - self.levels // 2).astype(scales.dtype)
+            return (codes * scales).astype(self.dtype)
+        scales = jnp.broadcast_to(scales, (*total.shape, self.levels))
+        return jnp.take_along_axis(scales, total[..., None], axis=-1)[..., 0].astype(self.dtype)
+
     def decode(self):
         """Returns what the encoded leaf decodes to, bit for bit."""
         symbols = self.symbols()
@@ -264,14 +287,14 @@ def _by_tables(x, packed):
         return _bases_by_tables(x, packed, scales)
     if packed.kind is qarray.Table:
         return _looked_up(x, packed.words[0], planes(packed.levels)[0], scales.ravel())
-    per_input, per_output = scales.shape
-    if per_input > 1:
+    per_input = scales.shape[0] > 1
+    if per_input:
         x = x * scales[:, 0]
     total = 0
     for i, (plane, words) in enumerate(zip(planes(packed.levels), packed.words, strict=True)):
         values = plane.weight * np.arange(plane.base) - (packed.levels // 2 if i == 0 else 0)
         total = total + _looked_up(x, words, plane, jnp.asarray(values, x.dtype))
-    return total if per_input > 1 else total * scales[0]
+    return total if per_input else total * scales[0]
 
 
 def _bases_by_tables(x, packed, scales):

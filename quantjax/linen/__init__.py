@@ -4,15 +4,18 @@
 inside whatever is jitted, hands every Conv and Dense layer its input through an `InputQuantizer`.
 The state lives beside the params: collection `quant` holds what is learned, `quant_stats` the
 buffers. `calibrate` fits it to data, `calibrate_batch_norm` to batch norm's parameters (PSG).
+`packed` runs the model on kernels that stay packed.
 """
 
 from quantjax.linen.batch_norm import calibrate_batch_norm, search_batch_norm_range
 from quantjax.linen.calibration import calibrate
 from quantjax.linen.layers import quantize_inputs
+from quantjax.linen.packed_layers import packed
 
 __all__ = [
     "calibrate",
     "calibrate_batch_norm",
+    "packed",
     "quantize_inputs",
     "search_batch_norm_range",
 ]

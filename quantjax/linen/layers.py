@@ -30,6 +30,7 @@ _IN_TIME = (
     "one grid serves all steps, and let the loop read it: variable_broadcast=('params', 'quant', "
     "'quant_stats'), or update quant_stats by variable_carry"
 )
+_apart = contextvars.ContextVar("apart", default=False)
 _around = contextvars.ContextVar("around", default=lambda quantize, module, path, x: quantize(x))
 
 
@@ -113,6 +114,16 @@ def around(fn: Callable):
         _around.reset(token)
 
 
+@contextlib.contextmanager
+def apart():
+    """Inside, layers are called as they are: what goes through them has been quantized already."""
+    token = _apart.set(True)
+    try:
+        yield
+    finally:
+        _apart.reset(token)
+
+
 def check_apply(fn, name):
     """Raises ValueError for a model, a quantizer or a jitted function in place of `model.apply`."""
     if isinstance(fn, nn.Module):
@@ -147,7 +158,8 @@ def at_layers(visit, after=lambda module, path, y: y):
 
     def intercept(next_fun, args, kwargs, context):
         module = context.module
-        if context.method_name != "__call__" or not isinstance(module, LAYERS):
+        layer = context.method_name == "__call__" and isinstance(module, LAYERS)
+        if not layer or _apart.get():
             return next_fun(*args, **kwargs)
         path = "/".join(module.path)
         # A subclass that calls super().__call__ arrives twice; its input counts once.
@@ -173,6 +185,8 @@ def _at_passes():
 
     def intercept(next_fun, args, kwargs, context):
         nonlocal depth
+        if _apart.get():
+            return next_fun(*args, **kwargs)
         depth += 1
         try:
             out = next_fun(*args, **kwargs)
