@@ -61,7 +61,7 @@ def export(
         checks.choice("platform", platform, KNOWN)
     if batch is not None:
         batch = checks.whole("batch", batch, 1)
-    inputs = _specs(example, batch)
+    inputs = specs(example, batch)
     arrays, rebuild = _taken_apart(variables)
     if sum(array.nbytes for array in jax.tree.leaves(arrays)) > LARGEST:
         raise ValueError("an artifact ends at 2 GiB, and the packed weights alone are larger")
@@ -70,17 +70,13 @@ def export(
         # Without the barrier XLA folds the decoding, and compiles floats into its program.
         return apply(rebuild(lax.optimization_barrier(arrays)), x)
 
-    try:
-        with _without_source_paths():
-            exported = jax_export.export(jax.jit(network), platforms=platforms)(inputs)
-    except jax.errors.InconclusiveDimensionOperation as error:
-        raise ValueError(
-            f"the network asks how many rows its batch has: give their number, batch=N ({error})"
-        ) from error
+    with named_rows(), _without_source_paths():
+        exported = jax_export.export(jax.jit(network), platforms=platforms)(inputs)
     return bytes(exported.serialize())
 
 
-def _specs(example, batch):
+def specs(example, batch):
+    """Returns the shapes of inputs of `batch` rows, or of a symbol of them where it is None."""
     rows = batch if batch is not None else jax_export.symbolic_shape("batch")[0]
 
     def spec(key_path, leaf):
@@ -174,6 +170,18 @@ def _held_bases(leaf):
         return total.reshape(shape).astype(dtype)
 
     return (*streams, values), decode
+
+
+@contextlib.contextmanager
+def named_rows():
+    """Raises ValueError where a network asks for the number of rows and it is a symbol."""
+    try:
+        yield
+    except jax.errors.InconclusiveDimensionOperation as error:
+        first = str(error).partition("\n")[0]
+        raise ValueError(
+            f"the network asks how many rows its batch has: give their number, batch=N ({first})"
+        ) from error
 
 
 @contextlib.contextmanager

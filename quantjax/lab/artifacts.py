@@ -1,15 +1,17 @@
-"""The commands on a saved network: `quantjax inspect` and `quantjax evaluate`."""
+"""The commands on a saved network: `quantjax inspect`, `evaluate` and `export`."""
 
 import ast
 from pathlib import Path
 
 import jax
+import numpy as np
 from rich.console import Console
 
 import quantjax as qj
 from quantjax.core import qarray
 from quantjax.core.quantizer import InputQuantizer
-from quantjax.encoded import storage, summary
+from quantjax.encoded import export as export_lib
+from quantjax.encoded import onnx, storage, summary
 from quantjax.lab import data, models
 from quantjax.lab.names import nearest_name_error
 from quantjax.lab.report import layers, plots
@@ -22,6 +24,7 @@ INPUTS = {
         *(qj.pact_input, qj.dorefa_input, qj.multi_bit_input),
     )
 }
+CHECKED = 16  # test images
 
 
 def inspect(path: Path, folder: Path | None = None, tell=None):
@@ -72,6 +75,88 @@ def evaluate(
     Raises:
       ValueError: the file names no data set or model and none is given, or is of another network.
     """
+    task, variables, inputs = _network(path, dataset, model, data_dir)
+    score = engine.make_evaluate(task, inputs)
+    return score(qarray.decode(variables), task.dataset.test)
+
+
+def export(
+    path: Path,
+    out: Path,
+    dataset: str | None = None,
+    model: str | None = None,
+    data_dir: Path | None = None,
+    *,
+    platforms: tuple[str, ...] = export_lib.PLATFORMS,
+    batch: int | None = None,
+    pixels: bool = False,
+    tell=print,
+):
+    """Writes a saved network as a program that needs no quantjax, and compares their logits.
+
+    It takes what the model takes: float32 images, normalised with the mean and the deviation that
+    are told.
+
+    Args:
+      path, dataset, model, data_dir: as in `evaluate`.
+      out: of the program: ONNX where it ends in `.onnx`, else StableHLO, as `qj.export` has it.
+      platforms: that StableHLO runs on.
+      batch: rows of its input; None: any number.
+      pixels: it takes uint8 images, and normalises them itself.
+      tell: what prints.
+
+    Raises:
+      ValueError: as in `evaluate` and `qj.export`, or a package is missing.
+      OSError: the program cannot be written; an old one is as it was.
+    """
+    task, variables, inputs = _network(path, dataset, model, data_dir)
+    of_model = engine.model_apply(task.model, inputs)
+
+    def apply(variables, x):
+        return of_model(variables, task.inputs(x) if pixels else x, train=False)
+
+    images = task.dataset.test.images[: batch or CHECKED]
+    images = np.resize(images, (batch or len(images), *images.shape[1:]))
+    x = images if pixels else np.asarray(task.inputs(images))
+    as_onnx = out.suffix == ".onnx"
+    try:
+        if as_onnx:
+            program = onnx.export_onnx(apply, variables, x, batch=batch)
+        else:
+            program = export_lib.export(apply, variables, x, batch=batch, platforms=platforms)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    found = (_run_onnx if as_onnx else _run)(program, x)
+    storage.replace(out, program)
+    runs = "ONNX" if as_onnx else f"StableHLO for {', '.join(platforms)}"
+    tell(f"{out}: {runs}, {summary.size_text(len(program))}")
+    shape = f"{x.dtype} [{batch or 'any'}, {', '.join(map(str, x.shape[1:]))}]"
+    mean, std = ([round(float(v), 4) for v in s] for s in (task.dataset.mean, task.dataset.std))
+    how = "" if pixels else f", (pixels / 255 - mean) / std, mean {mean}, std {std}"
+    tell(f"it takes {shape}{how}")
+    if found is None:
+        tell("not compared with the library: it does not run on this machine")
+        return
+    given = jax.jit(apply)(qarray.decode(variables), x)
+    tell(f"logits of {len(x)} test images: {np.abs(found - given).max():.1e} from the library's")
+
+
+def _run(program, x):
+    """Returns the logits of StableHLO, None where it is of other platforms."""
+    exported = jax.export.deserialize(bytearray(program))
+    here = jax.export.default_export_platform()
+    return np.asarray(exported.call(x)) if here in exported.platforms else None
+
+
+def _run_onnx(program, x):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(program, providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": x})[0]
+
+
+def _network(path, dataset, model, data_dir):
+    """Returns the task, the encoded variables and the input quantizer of a saved network."""
     told = {"dataset": dataset, "model": model}
     told = storage.inspect(path).metadata | {k: v for k, v in told.items() if v is not None}
     for name in ("dataset", "model"):
@@ -84,8 +169,7 @@ def evaluate(
     tree = storage.load(path)
     # Collections of input quantizers are the file's own; the others must be the model's.
     like = {**tree, **jax.eval_shape(lambda: task.init(0))}
-    variables = qarray.decode(storage.load(path, like=like))
-    return engine.make_evaluate(task, _inputs(told))(variables, loaded.test)
+    return task, storage.load(path, like=like), _inputs(told)
 
 
 def _inputs(told) -> InputQuantizer | dict | None:

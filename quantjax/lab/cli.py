@@ -1,4 +1,4 @@
-"""The command `quantjax`: compare, run, results, inspect, evaluate."""
+"""The command `quantjax`: compare, run, results, inspect, evaluate, export."""
 
 import os
 import sys
@@ -14,6 +14,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError:
         print("quantjax: the command line needs the extra: pip install 'quantjax[lab]'")
         return 2
+    from quantjax.encoded.export import PLATFORMS
     from quantjax.lab import artifacts, recipes
     from quantjax.lab.compare import Settings, compare
     from quantjax.lab.report import records
@@ -71,8 +72,37 @@ def main(arguments: list[str] | None = None) -> int:
         score = artifacts.evaluate(file, dataset, model, data_dir)
         print(f"accuracy {score.accuracy:.2f} percent, loss {score.loss:.4f}")
 
+    def export(
+        file: Annotated[Path, positional],
+        out: Path,
+        dataset: str | None = None,
+        model: str | None = None,
+        data_dir: Path | None = None,
+        platforms: tuple[str, ...] = PLATFORMS,
+        batch: int | None = None,
+        pixels: bool = False,
+    ):
+        """Writes a saved network as a program that needs no quantjax: StableHLO or ONNX.
+
+        Args:
+          file: that qj.save has written.
+          out: of the program; ONNX where it ends in .onnx.
+          dataset: digits, a TFDS set or a directory; what the file says if not given.
+          model: as in compare; what the file says if not given.
+          data_dir: where prepared TFDS sets lie.
+          platforms: that StableHLO runs on, of cpu, cuda, tpu, rocm.
+          batch: images at once; any number if not given.
+          pixels: it takes uint8 images instead of normalised ones.
+        """
+        artifacts.export(
+            *(file, out, dataset, model, data_dir),
+            platforms=platforms,
+            batch=batch,
+            pixels=pixels,
+        )
+
     commands = {"compare": comparison, "run": run, "results": table}
-    commands |= {"inspect": inspect, "evaluate": evaluate}
+    commands |= {"inspect": inspect, "evaluate": evaluate, "export": export}
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands,
