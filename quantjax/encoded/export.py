@@ -67,8 +67,9 @@ def export(
         raise ValueError("an artifact ends at 2 GiB, and the packed weights alone are larger")
 
     def network(x):
-        # Without the barrier XLA folds the decoding, and compiles floats into its program.
-        return apply(rebuild(lax.optimization_barrier(arrays)), x)
+        # Without barriers XLA folds the decoding, and compiles floats into its program. One a
+        # leaf: what `apply` does not use stays out.
+        return apply(rebuild([lax.optimization_barrier(held) for held in arrays]), x)
 
     with named_rows(), _without_source_paths():
         exported = jax_export.export(jax.jit(network), platforms=platforms)(inputs)

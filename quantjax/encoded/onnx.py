@@ -42,13 +42,14 @@ def export_onnx(apply, variables, example, *, batch: int | None = None) -> bytes
         batch = checks.whole("batch", batch, 1)
     inputs, input_tree = jax.tree.flatten(export_lib.specs(example, batch))
     pairs, treedef = jax.tree_util.tree_flatten_with_path(variables, is_leaf=qarray.is_encoded)
-    graph, specs = _Graph(), []
+    leaves = {}
     for key_path, leaf in pairs:
         name = jax.tree_util.keystr(key_path, simple=True, separator="/")
         try:
-            specs.append(graph.add(name, leaf))
+            leaves[name] = _Leaf(name, leaf)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+    specs = [leaf.spec for leaf in leaves.values()]
 
     def flat(*arrays):
         given = input_tree.unflatten(arrays[: len(inputs)])
@@ -63,41 +64,47 @@ def export_onnx(apply, variables, example, *, batch: int | None = None) -> bytes
         jaxpr_as_fun(closed),
         [*inputs, *specs],
         model_name="quantjax",
-        opset=OPSET_OF_INT2 if graph.narrow else OPSET,
-        input_names=names + graph.names,
+        opset=OPSET_OF_INT2 if any(leaf.narrow for leaf in leaves.values()) else OPSET,
+        input_names=[*names, *leaves],
     )
     del model.graph.input[len(inputs) :]
-    own = list(model.graph.node)
-    del model.graph.node[:]
-    model.graph.node.extend([*graph.nodes, *own])  # sorted as they depend on each other
-    model.graph.initializer.extend(graph.initializers)
+    own, names = list(model.graph.node), _names(model.graph)
+    used = [leaf for name, leaf in leaves.items() if name in names]
+    del model.graph.node[:]  # nodes come after those that they depend on
+    model.graph.node.extend([*(node for leaf in used for node in leaf.nodes), *own])
+    model.graph.initializer.extend(tensor for leaf in used for tensor in leaf.initializers)
     onnx.checker.check_model(model)
     return model.SerializeToString()
 
 
-class _Graph:
-    """Initializers of packed leaves, and the nodes that make floats of them."""
+def _names(graph) -> set:
+    """Returns what the nodes of a graph, and of the graphs inside of them, read."""
+    names = {output.name for output in graph.output}
+    for node in graph.node:
+        names |= set(node.input)
+        for attribute in node.attribute:
+            for inner in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
+                names |= _names(inner)
+    return names
 
-    def __init__(self):
-        self.names, self.nodes, self.initializers, self.narrow = [], [], [], False
 
-    def add(self, name, leaf) -> jax.ShapeDtypeStruct:
-        """Adds what gives a tensor `name`, the decoded leaf; returns its shape and dtype."""
-        self.names.append(name)
+class _Leaf:
+    """The initializers of a leaf, and the nodes that make of them a tensor of its name."""
+
+    def __init__(self, name, leaf):
+        self.nodes, self.initializers, self.narrow = [], [], False
         if not qarray.is_encoded(leaf):
-            array = leaves_lib.plain(leaf)
-            self._constant(name, array)
-            return jax.ShapeDtypeStruct(array.shape, array.dtype)
-        leaf.validate()
+            leaf = leaves_lib.plain(leaf)
+            self._constant(name, leaf)
+        else:
+            self._node("Cast", [self._floats(name, leaf.validate())], name, to=_kind(leaf.dtype))
+        self.spec = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+    def _floats(self, name, leaf):
         if isinstance(leaf, qarray.Grid):
             codes = self._codes(f"{name}.codes", np.asarray(leaf.codes), leaf.bits, signed=True)
-            value = self._scaled(f"{name}.grid", codes, leaf.step)
-        elif isinstance(leaf, qarray.Table):
-            value = self._table(name, leaf)
-        else:
-            value = self._bases(name, leaf)
-        self._node("Cast", [value], name, to=_kind(leaf.dtype))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            return self._scaled(f"{name}.grid", codes, leaf.step)
+        return (self._table if isinstance(leaf, qarray.Table) else self._bases)(name, leaf)
 
     def _table(self, name, leaf):
         codes = self._codes(f"{name}.codes", np.asarray(leaf.codes), leaf.bits, signed=False)
