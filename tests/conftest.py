@@ -43,3 +43,10 @@ def quick_programs():
     """As `quick_compilation`, for one test."""
     with quick.compilation():
         yield
+
+
+@pytest.fixture
+def usual_programs(quick_compilation):
+    """For one test of such a module that compares numbers closely."""
+    with quick.compilation({}):
+        yield

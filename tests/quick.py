@@ -23,22 +23,24 @@ FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in OPTIONS.ite
 jit = functools.partial(jax.jit, compiler_options=OPTIONS)
 
 
+_usual = compiler.get_compile_options
+
+
 @contextlib.contextmanager
-def compilation():
-    """All that is compiled inside, operations outside of jit, too.
+def compilation(options=OPTIONS):
+    """All that is compiled inside, operations outside of jit, too; without options as usual.
 
     The switch that jax has leaves out the emitters of fusions, which are half of the time.
     """
-    chosen = compiler.get_compile_options
 
-    def hurried(*args, env_options_overrides=None, **kwargs):
-        options = OPTIONS | dict(env_options_overrides or {})
-        return chosen(*args, env_options_overrides=options, **kwargs)
+    def chosen(*args, env_options_overrides=None, **kwargs):
+        overrides = options | dict(env_options_overrides or {})
+        return _usual(*args, env_options_overrides=overrides, **kwargs)
 
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", bool(options))
     try:
-        with mock.patch.object(compiler, "get_compile_options", hurried):
+        with mock.patch.object(compiler, "get_compile_options", chosen):
             yield
     finally:
         jax.config.update("jax_disable_most_optimizations", before)

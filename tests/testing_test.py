@@ -34,7 +34,7 @@ def lsq(bits: int) -> qj.Quantizer:
     return qj.leafwise(init, apply, encode)
 
 
-def test_a_method_from_outside_keeps_the_laws():
+def test_a_method_from_outside_keeps_the_laws(usual_programs):
     testing.check_laws(lsq(3))
 
 

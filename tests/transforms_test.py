@@ -147,7 +147,7 @@ def test_no_second_compilation_with_donated_buffers(transform):
 
 
 @pytest.mark.parametrize("name", INJECTED)
-def test_inject_hyperparams(name):
+def test_inject_hyperparams(name, usual_programs):
     factory, args, kwargs = INJECTED[name]
     params = make_params()
     grads = jax.tree.map(jnp.cos, params)
