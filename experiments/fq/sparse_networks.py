@@ -43,11 +43,24 @@ class Focused(NamedTuple):
 
 
 def prune(
-    parts: Protocol, variables: Mapping, density: float, *, epochs: float, rate: float, seed: int
+    parts: Protocol,
+    variables: Mapping,
+    density: float | Mapping[str, float],
+    *,
+    epochs: float,
+    rate: float,
+    seed: int,
 ) -> Pruned:
-    """Prunes by surgery while training; the rate falls to zero along a cosine."""
+    """Prunes by surgery while training; the rate falls to zero along a cosine.
+
+    Args:
+      density: of every kernel, or {pattern: that of the kernels it matches}.
+      parts, variables, epochs, rate, seed: as of `focus`.
+    """
     total = _steps(parts, epochs)
-    quantizer = qj.surgery(density, end=max(1, int(SURGERY_SHARE * total)))
+    end = max(1, int(SURGERY_SHARE * total))
+    shares = density if isinstance(density, Mapping) else {".*": density}
+    quantizer = qj.partition({name: qj.surgery(share, end=end) for name, share in shares.items()})
     method = engine.Method(optimizer(optax.cosine_decay_schedule(rate, total)), quantizer)
     end = engine.fit(
         parts.task,
@@ -57,7 +70,10 @@ def prune(
         batch_size=parts.batch_size,
         seed=seed,
         steps=engine.shared_steps(
-            parts.compiled, f"surgery, {epochs:g} epochs at {rate:g}", parts.task, method
+            parts.compiled,
+            f"surgery of {', '.join(shares)}, {epochs:g} epochs at {rate:g}",
+            parts.task,
+            method,
         ),
         label="surgery",
     )
