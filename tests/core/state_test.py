@@ -37,7 +37,7 @@ WIDE = {
 
 
 @pytest.mark.parametrize("name", WIDE)
-def test_a_state_of_another_width_raises(name):
+def test_a_state_of_another_width_raises(name, quick_programs):
     make, other = WIDE[name]
     params, mine = make_params(), make(4)
     state = make(other).init(params)
@@ -91,7 +91,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_state_of_another_quantizer_raises(name):
+def test_a_state_of_another_quantizer_raises(name, quick_programs):
     params, other = make_params(), "magnitude" if name == "uniform" else "uniform"
     state = OTHERS[other]().init(params)
     mine = OTHERS[name]()
@@ -116,7 +116,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_kernel_added_after_init_is_an_error(name):
+def test_a_kernel_added_after_init_is_an_error(name, quick_programs):
     quantizer = KINDS[name]()
     state = quantizer.init(make_params(Dense_1=(4, 3)))
     grown = make_params(Dense_1=(4, 3), Dense_2=(3, 3))
@@ -188,7 +188,8 @@ def test_learned_widths_say_why_they_do_not_encode_under_jit():
 
 
 @pytest.mark.parametrize("name", [*OTHERS, "chain", "stacked"])
-def test_without_jit_all_of_it_works(name):
+def test_without_jit_all_of_it_works(name, monkeypatch, quick_programs):
+    monkeypatch.setattr("quantjax.methods.fq.mixture.ITERATIONS", 3)  # each is many operations
     params, quantizer = make_params(), FIXED[name]()
     with jax.disable_jit():
         state = quantizer.init(params, jax.random.key(0))
@@ -223,7 +224,7 @@ def test_help_and_repr_say_what_it_is():
 
 
 @pytest.mark.parametrize("name", ["uniform", "dropbits", "chain", "partition", "stacked"])
-def test_a_float32_loss_stays_float32_in_x64_mode(name):
+def test_a_float32_loss_stays_float32_in_x64_mode(name, quick_programs):
     params = make_params()
     with jax.enable_x64(True):
         quantizer = {**FIXED, "dropbits": lambda: qj.srq(4, learn_bits=True)}[name]()

@@ -529,7 +529,8 @@ def test_encode_jits_and_has_an_abstract_form():
 
 
 @pytest.mark.parametrize("bias", [pytest.param("overflow", marks=pytest.mark.slow), "error"])
-def test_without_jit_all_is_the_same(bias):
+def test_without_jit_all_is_the_same(bias, monkeypatch, few_programs, quick_programs):
+    monkeypatch.setattr("quantjax.methods.fq.mixture.ITERATIONS", 3)  # each is many operations
     params = {"Dense_0": two_layers()["Dense_0"]}
     quantizer = qj.focused(4, min_separation=math.inf, refit_every=1, bias=bias)
 

@@ -131,7 +131,7 @@ def of_ones(params):
 
 
 @pytest.mark.parametrize("kind", ["srq", "dropbits", "learned", "rq"])
-def test_without_jit_keys_and_gradients_work(kind):
+def test_without_jit_keys_and_gradients_work(kind, quick_programs):
     quantizer, params = kinds(2)[kind], tree([[0.3, -1.2]])
     state = quantizer.init(params, jax.random.key(0))
 
