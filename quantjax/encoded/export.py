@@ -21,10 +21,12 @@ from jax import lax
 
 from quantjax.core import checks, qarray
 from quantjax.encoded import leaves as leaves_lib
+from quantjax.encoded import packed as packed_lib
 from quantjax.encoded import packing
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 KNOWN = (*PLATFORMS, "rocm")
+SLACK = 1.01  # times the file's bytes may a leaf take that decodes several times faster
 LARGEST = 2**31 - 2**20  # bytes of weights: flatbuffers end at 2 GiB
 
 
@@ -40,7 +42,8 @@ def export(
 
     Args:
       apply: `apply(variables, x)`, of any framework, with arrays in the place of encoded leaves.
-        Leaves of other classes (what `pack` gives) come to it as they are.
+        What `pack` gives comes to it as it is: `linen.packed(apply)` and up to four rows, `batch`,
+        leave products to tables.
       variables: any tree: `{"params": encoded, "batch_stats": ..., "quant": ...}`.
       example: x, or its ShapeDtypeStructs, any tree of arrays whose first axis is the batch.
       batch: rows that the artifact takes; None: any number, a symbol while it is traced.
@@ -112,11 +115,15 @@ def _taken_apart(variables):
 
 def _held(leaf):
     """Returns the arrays of a leaf and the function that makes an array of them in the graph."""
-    if isinstance(leaf, qarray.MultiBit):
-        return _held_bases(leaf.validate())
-    if qarray.is_encoded(leaf):
-        return _held_codes(leaf.validate())
-    return (leaves_lib.plain(leaf),), lambda held: held[0]
+    if not qarray.is_encoded(leaf):
+        return (leaves_lib.plain(leaf),), lambda held: held[0]
+    leaf.validate()
+    if leaf.shape and 0 not in leaf.shape:
+        words = packed_lib.pack(leaf)
+        if words.nbytes <= SLACK * leaf.nbits / 8:
+            arrays, treedef = jax.tree.flatten(words)
+            return tuple(map(np.asarray, arrays)), lambda held: treedef.unflatten(held).decode()
+    return (_held_bases if isinstance(leaf, qarray.MultiBit) else _held_codes)(leaf)
 
 
 def _held_codes(leaf):

@@ -11,7 +11,7 @@ import quantjax as qj
 from quantjax.core import qarray
 from quantjax.core.quantizer import InputQuantizer
 from quantjax.encoded import export as export_lib
-from quantjax.encoded import onnx, storage, summary
+from quantjax.encoded import onnx, packed, storage, summary
 from quantjax.lab import data, models
 from quantjax.lab.names import nearest_name_error
 from quantjax.lab.report import layers, plots
@@ -123,7 +123,11 @@ def export(
         if as_onnx:
             program = onnx.export_onnx(apply, variables, x, batch=batch)
         else:
-            program = export_lib.export(apply, variables, x, batch=batch, platforms=platforms)
+            shipped, run = variables, apply
+            if batch is not None and batch <= packed.FEW:  # products by tables are faster
+                shipped = {**variables, "params": packed.pack(variables["params"])}
+                run = qj.linen.packed(apply)
+            program = export_lib.export(run, shipped, x, batch=batch, platforms=platforms)
     except ImportError as error:
         raise ValueError(str(error)) from error
     found = (_run_onnx if as_onnx else _run)(program, x)
