@@ -45,6 +45,11 @@ def typed_as(like, fn: Callable, *args):
     return _run(fn, treedef, tuple(_place(leaf, mesh) for leaf in leaves), *args)
 
 
+def placed(spec: PartitionSpec, mesh, fn: Callable, *args):
+    """Returns fn(*args), one array, sharded as `spec` says on a mesh with Explicit axes."""
+    return _run(fn, jax.tree.structure(0), (NamedSharding(mesh, spec),), *args)
+
+
 def shaped_as(leaf, fn: Callable, *args):
     """Returns fn(*args), each result sharded along the axes that it shares with a leaf.
 

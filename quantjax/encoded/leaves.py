@@ -178,7 +178,10 @@ def _places(counts, most):
 def plain(leaf) -> np.ndarray:
     """Returns an array as NumPy's; raises ValueError for what no file holds, NaN and infinity."""
     if not isinstance(leaf, np.ndarray | np.generic | jax.Array):
-        raise ValueError(f"a {type(leaf).__name__} cannot be stored: no array, no encoded leaf")
+        raise ValueError(
+            f"a {type(leaf).__name__} cannot be stored: it is no array and no encoded leaf, as "
+            "`encode` gives them"
+        )
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         raise ValueError("a random key cannot be stored: take jax.random.key_data of it")
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
-from quantjax.core import qarray
+from quantjax.core import meshes, qarray
 from quantjax.core.paths import flatten
 
 FEW = 4  # rows: up to here a table is faster than decoding (experiments/benchmarks/packed_products)
@@ -116,11 +117,11 @@ class Packed:
             found = jnp.take(words, index // plane.per, axis=0).astype(jnp.int32)
             total = total + found // powers[place] % plane.base * plane.weight
         scales = self.scales
-        if scales.shape[0] > 1:
-            scales = jnp.take(scales, index, axis=0)
+        grouped = scales.shape[0] > 1
+        scales = jnp.take(scales, index, axis=0) if grouped else scales[0]
         if self.kind is qarray.Grid:
             codes = (total - self.levels // 2).astype(scales.dtype)
-            return (codes * scales).astype(self.dtype)
+            return (codes * jnp.broadcast_to(scales, codes.shape)).astype(self.dtype)
         scales = jnp.broadcast_to(scales, (*total.shape, self.levels))
         return jnp.take_along_axis(scales, total[..., None], axis=-1)[..., 0].astype(self.dtype)
 
@@ -254,6 +255,14 @@ def product(x, packed: Packed):
     """
     if packed.ndim != 2 or x.shape[-1:] != packed.shape[:1]:
         raise ValueError(f"x {x.shape} and a packed leaf {packed.shape} have no product")
+    mesh = meshes.explicit_mesh((x, packed))
+    if mesh is None:
+        return _product(x, packed)
+    lead, outputs = jax.typeof(x).sharding.spec[:-1], jax.typeof(packed.words[0]).sharding.spec[-1]
+    return meshes.placed(PartitionSpec(*lead, outputs), mesh, _product, x, packed)
+
+
+def _product(x, packed):
     dtype = jnp.promote_types(x.dtype, packed.dtype)
     if math.prod(x.shape[:-1]) <= FEW and has_tables(packed):
         work = jnp.promote_types(dtype, jnp.float32)
@@ -289,12 +298,12 @@ def _by_tables(x, packed):
         return _looked_up(x, packed.words[0], planes(packed.levels)[0], scales.ravel())
     per_input = scales.shape[0] > 1
     if per_input:
-        x = x * scales[:, 0]
+        x = x * scales.T
     total = 0
     for i, (plane, words) in enumerate(zip(planes(packed.levels), packed.words, strict=True)):
         values = plane.weight * np.arange(plane.base) - (packed.levels // 2 if i == 0 else 0)
         total = total + _looked_up(x, words, plane, jnp.asarray(values, x.dtype))
-    return total if per_input else total * scales[0]
+    return total if per_input else total * scales
 
 
 def _bases_by_tables(x, packed, scales):
@@ -305,7 +314,7 @@ def _bases_by_tables(x, packed, scales):
     for block, part in enumerate(jnp.split(x, packed.blocks, axis=-1)):
         for k in range(scales.shape[-1]):
             sums = _looked_up(part, words[block, k], planes(2)[0], signs)
-            total = total + scales[block, :, k] * sums
+            total = total + scales[block, None, :, k] * sums
     return total
 
 
@@ -321,5 +330,6 @@ def _looked_up(x, words, plane, values):
         sums, word = group
         return total + jnp.take(sums, word, axis=-1, mode="clip"), None
 
-    first = jnp.zeros((x.shape[0], words.shape[-1]), x.dtype)
+    # Zeros that vary as the sums do inside of shard_map.
+    first = jnp.where(False, jnp.take(sums[0], words[0], axis=-1, mode="clip"), 0)
     return lax.scan(add, first, (sums, words))[0]

@@ -21,6 +21,7 @@ import numpy as np
 from quantjax.core import checks, qarray
 from quantjax.encoded import leaves as leaves_lib
 from quantjax.encoded.leaves import DTYPES, Stored
+from quantjax.encoded.packed import is_packed
 
 VERSION = 1
 DIGESTS = "quantjax.sha256"
@@ -255,7 +256,7 @@ def replace(path: Path, data):
 
 def _is_leaf(node) -> bool:
     nothing = isinstance(node, Mapping) and not node
-    return nothing or node is None or qarray.is_encoded(node)
+    return nothing or node is None or qarray.is_encoded(node) or is_packed(node)
 
 
 def flatten(tree):

@@ -103,7 +103,7 @@ def _dense(module, params, inputs):
     others = [x for x in (inputs, kernel, bias) if x is not None]
     dtype = module.dtype or jnp.result_type(*(x.dtype for x in others))
     y = packed_lib.product(jnp.asarray(inputs, dtype), kernel).astype(dtype)
-    return y if bias is None else y + jnp.asarray(bias, dtype)
+    return y if bias is None else y + jnp.asarray(bias, dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 def _embed(module, table, inputs):
