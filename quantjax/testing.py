@@ -18,9 +18,11 @@ from quantjax.core import paths as paths_lib
 from quantjax.core import qarray
 from quantjax.core.quantizer import Quantizer, QuantState, owned_paths
 from quantjax.encoded import leaves as stored_leaves
+from quantjax.encoded import packed as packed_lib
 from quantjax.encoded.summary import summary
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+WHOLE = {2, 3, 4, 7, 8, 15, 16, 255, 256}  # levels of ternary, 1, 2, 3, 4, 8 bits
 STEPS = 3  # of `update`
 OUTSIDE = 1e6  # a weight far off any grid
 
@@ -265,8 +267,23 @@ def law_6_nbits_is_what_storage_writes(quantizer: Quantizer, params) -> None:
         assert qarray.nbits(leaf) == written, f"law 6: {qarray.nbits(leaf)}, not {written}"
         back = stored_leaves.restore(stored)
         np.testing.assert_array_equal(*map(qarray.decode, (back, leaf)), err_msg="law 6: decode")
+        if qarray.is_encoded(leaf):
+            _packed_leaf_is_as_small(leaf)
     smallest = sum(stored_leaves.store(leaf).data.nbytes for leaf in leaves)
     assert summary(encoded).nbytes == smallest, "law 6: summary"
+
+
+def _packed_leaf_is_as_small(leaf):
+    """In memory as in a file, but for rows that fill up a byte, where a byte holds whole codes."""
+    found = packed_lib.pack({"leaf": leaf})["leaf"]
+    np.testing.assert_array_equal(*map(packed_lib.unpacked, (found, leaf)), "law 6: packed")
+    if isinstance(leaf, qarray.MultiBit) or qarray.alphabet(leaf) not in WHOLE:
+        return
+    rows = leaf.shape[-2] if len(leaf.shape) > 1 else leaf.shape[0]
+    padded = leaf.nbits / 8 * (1 + 8 / rows)
+    assert found.nbytes <= padded, (
+        f"law 6: {found.nbytes} bytes packed, {leaf.nbits} bits in a file"
+    )
 
 
 def law_7_update_keeps_the_state_and_compiles_once(quantizer: Quantizer, params) -> None:

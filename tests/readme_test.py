@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_snippets_run_in_order(capsys, tmp_path, monkeypatch):
+def test_snippets_run_in_order(capsys, tmp_path, monkeypatch, quick_programs):
     monkeypatch.chdir(tmp_path)  # one of them writes a file
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 4

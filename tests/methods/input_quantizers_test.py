@@ -63,7 +63,7 @@ def test_the_first_grids():
             (2, tails, -2),
             (1, jnp.abs(x), 0),
         ):
-            learned = make(bits).init(batch).learned
+            learned = init(make, bits)(batch).learned
             step = learned["step"] if "step" in learned else np.exp(learned["log_alpha"])
             best = min(squared_error(batch, s, low, bits) for s in np.geomspace(0.02, 60, 2000))
             assert squared_error(batch, float(step), low, bits) <= 1.01 * best
@@ -144,12 +144,9 @@ def test_statistics_skip_what_is_not_finite(make, value):
     bad = jnp.where(holes, value, y)
     good = y[~holes]
     state = init(make)(x)
-    found, expected = init(make)(bad), quick.jit(make(2).init)(good)
+    found, expected = init(make)(bad), init(make)(good)
     near(found, expected, 1e-3, 1e-3)
-    found, expected = (
-        update(make)(bad, state)[1],
-        quick.jit(functools.partial(make(2).apply, update=True))(good, state)[1],
-    )
+    found, expected = update(make)(bad, state)[1], update(make)(good, state)[1]
     near(found, expected, 1e-3, 1e-3)
     _, same = update(make)(jnp.full((40, 3), value), state)
     near(same.learned, state.learned)
@@ -164,7 +161,7 @@ def test_statistics_skip_what_is_not_finite(make, value):
 
 
 @each
-def test_with_an_axis_name_all_devices_have_one_state(make):
+def test_with_an_axis_name_all_devices_have_one_state(make, quick_programs):
     x, y = normal(16, 3), 3 * normal(16, 3, seed=1)
     here, there = make(2), make(2, axis_name="batch")
     split = jax.tree.map(lambda a: a.reshape(8, 2, 3), (x, y))
@@ -186,7 +183,7 @@ def test_with_an_axis_name_all_devices_have_one_state(make):
 
 @each
 @pytest.mark.parametrize("shape", [(16, 3), (256, 520)])
-def test_explicit_meshes(make, shape):
+def test_explicit_meshes(make, shape, quick_programs):
     sharding = NamedSharding(jax.make_mesh((8,), ("batch",)), PartitionSpec("batch"))
     quantizer, x = make(2), normal(*shape)
     there = jax.device_put(x, sharding)

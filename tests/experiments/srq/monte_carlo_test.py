@@ -12,6 +12,8 @@ import pytest
 from experiments.srq import monte_carlo
 from quantjax.methods.srq import semi_relaxed
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ALPHA, BITS = 0.5, 3
 SIGMA = ALPHA / 3
 CODES = np.arange(-4, 4)

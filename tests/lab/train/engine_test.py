@@ -59,7 +59,7 @@ def cross_entropy(logits, labels):
 # A step, by hand
 
 
-def test_a_step_trains_weights_and_grids_on_loss_and_penalty(plain):
+def test_a_step_trains_weights_and_grids_on_loss_and_penalty(plain, quick_programs):
     """Beside the loop of the design, over the whole training set, so that no order matters."""
     quantizer = toys.learned_step(3, penalty=0.5)
     tx = optax.chain(optax.add_decayed_weights(0.1, mask=qj.decay_mask), optax.sgd(0.05))
@@ -96,7 +96,7 @@ def test_a_step_trains_weights_and_grids_on_loss_and_penalty(plain):
     assert min(jax.tree.leaves(moved)) > 1e-3
 
 
-def test_update_sees_the_params_after_every_step(task):
+def test_update_sees_the_params_after_every_step(task, quick_programs):
     quantizer = qj.chain(toys.dropping(), qj.uniform(4))
     state = fit(task, Method(optax.sgd(0.1), quantizer), total=5)
     last = quantizer.init(state.params)
@@ -108,7 +108,7 @@ def test_update_sees_the_params_after_every_step(task):
         np.testing.assert_allclose(np.abs(buffers["1"]["high"]), expected, rtol=1e-5)
 
 
-def test_apply_penalty_and_update_of_a_step_get_one_key(plain):
+def test_apply_penalty_and_update_of_a_step_get_one_key(plain, quick_programs):
     """The gradient of the gain under SGD of rate 1 tells what `apply` saw."""
     seen = []
 
@@ -216,7 +216,7 @@ def test_initial_weights_depend_on_the_seed(task):
 
 
 @pytest.mark.usefixtures("few_programs")
-def test_another_member_of_the_family_compiles_nothing(task):
+def test_another_member_of_the_family_compiles_nothing(task, quick_programs):
     def member(bits):
         return Method(optax.sgd(0.1), qj.uniform(bits), qj.uniform_input(bits))
 
@@ -248,7 +248,7 @@ def test_input_quantizers_fit_themselves_to_the_first_images(task):
     equal(again.quant_stats, moved)
 
 
-def test_what_input_quantizers_learn_is_trained(task):
+def test_what_input_quantizers_learn_is_trained(task, quick_programs):
     inputs = {"Dense_0": toys.learned_input(4), "Dense_1": qj.uniform_input(4)}
     method = Method(optax.sgd(0.1), toys.learned_step(4), inputs)
     start = engine.init_state(task, toy_task.start(task), method, seed=0)

@@ -119,7 +119,7 @@ def test_the_designs_snippet_through_all_phases():
         np.testing.assert_array_equal(decoded[path]["kernel"], exact[path]["kernel"])
 
 
-def test_updates_are_those_of_the_pure_steps():
+def test_updates_are_those_of_the_pure_steps(quick_programs):
     params = {"Dense_0": make_params()["Dense_0"]}
     quantizer = qj.multi_bit(3, axes=-2)
     schedule = (
@@ -213,7 +213,7 @@ def test_state_is_found_anywhere():
             qj.alq_params(none, params)
 
 
-def test_inject_hyperparams_and_map_params():
+def test_inject_hyperparams_and_map_params(quick_programs):
     params = {"kernel": make_params()["Dense_0"]["kernel"]}
     quantizer, schedule = qj.multi_bit(2, -2), (qj.Phase("basis", 4, 0.05),)
     injected = optax.inject_hyperparams(qj.alq)(
@@ -265,7 +265,7 @@ def test_rounds_follow_appendix_c():
     )
 
 
-def test_a_state_of_another_width_is_an_error():
+def test_a_state_of_another_width_is_an_error(quick_programs):
     params = {"kernel": make_params()["Dense_0"]["kernel"]}
     schedule = [qj.Phase("basis", 3, 0.05)]
     state = qj.alq(qj.multi_bit(3, -2), schedule).init(params)
@@ -278,7 +278,7 @@ def test_a_state_of_another_width_is_an_error():
 
 
 @pytest.mark.parametrize("name", ["rate_scale", "weight_decay", "b1", "eps", "preselect"])
-def test_numbers_that_are_arrays_on_an_explicit_mesh(name):
+def test_numbers_that_are_arrays_on_an_explicit_mesh(name, quick_programs):
     """As inject_hyperparams gives them."""
     mesh = jax.make_mesh((4, 2), ("a", "b"))
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a", "b"))
@@ -380,7 +380,7 @@ def test_bad_trees():
 
 
 @pytest.mark.parametrize("spec", [(None, "d"), ("d", None)])
-def test_nothing_is_gathered_over_devices(spec):
+def test_nothing_is_gathered_over_devices(spec, quick_programs):
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
     params = {"kernel": jax.device_put(make_weights((64, 16)), place)}

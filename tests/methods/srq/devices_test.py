@@ -16,6 +16,8 @@ from quantjax.methods.l0 import l0
 from quantjax.methods.srq import group_sums, semi_relaxed
 from tests import quick
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 QUANTIZERS = {
     "srq": lambda: qj.srq(4),
     "srq 8": lambda: qj.srq(8),

@@ -10,6 +10,8 @@ import quantjax as qj
 from quantjax.methods.srq import relaxed
 from tests.methods.srq import srq_reference
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SIZE = 40
 
 
