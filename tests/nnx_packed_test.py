@@ -85,7 +85,9 @@ def test_few_rows_never_decode_a_linear_kernel(monkeypatch):
 
 def test_optimizers_do_not_see_bytes(models):
     _, packed, _ = models
-    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(packed, nnx.Param))} == {np.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(packed, nnx.Param))} == {
+        np.dtype("float32")
+    }
     nnx.Optimizer(packed, optax.adam(1e-3), wrt=nnx.Param)
     kernels = jax.tree.leaves(nnx.state(packed, qj.nnx.PackedKernel))
     assert np.dtype("uint8") in {leaf.dtype for leaf in kernels}
