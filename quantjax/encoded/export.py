@@ -12,12 +12,14 @@ wrote it; a file of `save` is what lasts. `call` has no gradient and no vmap.
 import contextlib
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
 from jax import lax
+from jax.extend.core import jaxpr_as_fun
 
 from quantjax.core import checks, qarray
 from quantjax.encoded import leaves as leaves_lib
@@ -62,25 +64,90 @@ def export(
         raise ValueError(f"no platform is given; known are {', '.join(KNOWN)}")
     for platform in platforms:
         checks.choice("platform", platform, KNOWN)
-    if batch is not None:
-        batch = checks.whole("batch", batch, 1)
-    inputs = specs(example, batch)
-    arrays, rebuild = _taken_apart(variables)
-    if sum(array.nbytes for array in jax.tree.leaves(arrays)) > LARGEST:
+    held = by_name(variables, lambda _, leaf: _held(leaf))
+    trace = traced(apply, variables, example, batch)
+    used = {name: held[name] for name in trace.used}
+    if sum(array.nbytes for leaf in used.values() for array in leaf.arrays) > LARGEST:
         raise ValueError("an artifact ends at 2 GiB, and the packed weights alone are larger")
 
     def network(x):
-        # Without barriers XLA folds the decoding, and compiles floats into its program. One a
-        # leaf: what `apply` does not use stays out.
-        return apply(rebuild([lax.optimization_barrier(held) for held in arrays]), x)
+        # Without the barrier XLA folds the decoding, and compiles floats into its program.
+        arrays = lax.optimization_barrier({name: leaf.arrays for name, leaf in used.items()})
+        leaves = [
+            used[name].decode(arrays[name]) if name in used else jnp.zeros(spec.shape, spec.dtype)
+            for name, spec in trace.leaves.items()
+        ]
+        return trace.out_tree.unflatten(trace.call(*leaves, *jax.tree.leaves(x)))
 
-    with named_rows(), _without_source_paths():
-        exported = jax_export.export(jax.jit(network), platforms=platforms)(inputs)
+    with _without_source_paths():
+        exported = jax_export.export(jax.jit(network), platforms=platforms)(trace.inputs)
     return bytes(exported.serialize())
 
 
-def specs(example, batch):
-    """Returns the shapes of inputs of `batch` rows, or of a symbol of them where it is None."""
+def by_name(variables, function) -> dict:
+    """Returns `function(path, leaf)` of every leaf, by path, which its ValueErrors then name."""
+    pairs = jax.tree_util.tree_flatten_with_path(variables, is_leaf=qarray.is_encoded)[0]
+    found = {}
+    for key_path, leaf in pairs:
+        name = jax.tree_util.keystr(key_path, simple=True, separator="/")
+        try:
+            found[name] = function(name, leaf)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return found
+
+
+class Trace(NamedTuple):
+    """A network as a function of flat arrays: leaves, decoded, then inputs."""
+
+    call: Callable  # returns a flat list, too
+    leaves: dict[str, jax.ShapeDtypeStruct]
+    used: list[str]  # names of leaves that it reads
+    inputs: Any  # tree of ShapeDtypeStruct
+    out_tree: jax.tree_util.PyTreeDef
+
+
+def traced(apply: Callable, variables, example, batch: int | None) -> Trace:
+    """Returns the trace of `apply` for `batch` rows, or for a symbol of them where it is None.
+
+    Args:
+      apply, variables, example, batch: as in `export`.
+
+    Raises:
+      ValueError: as `export`.
+    """
+    if batch is not None:
+        batch = checks.whole("batch", batch, 1)
+    inputs = _specs(example, batch)
+    leaves = by_name(variables, lambda _, leaf: _spec(leaf))
+    treedef = jax.tree.structure(variables, is_leaf=qarray.is_encoded)
+    flat_inputs, input_tree = jax.tree.flatten(inputs)
+
+    def flat(*arrays):
+        tree = treedef.unflatten(arrays[: len(leaves)])
+        return apply(tree, input_tree.unflatten(arrays[len(leaves) :]))
+
+    specs = (*leaves.values(), *flat_inputs)
+    try:
+        closed, out = jax.make_jaxpr(flat, return_shape=True)(*specs)
+    except jax.errors.InconclusiveDimensionOperation as error:
+        first = str(error).partition("\n")[0]
+        raise ValueError(
+            f"the network asks how many rows its batch has: give their number, batch=N ({first})"
+        ) from error
+    read = {id(var) for var in closed.jaxpr.outvars}
+    for eqn in reversed(closed.jaxpr.eqns):
+        if eqn.effects or read & {id(var) for var in eqn.outvars}:
+            read |= {id(var) for var in eqn.invars}
+    used = [name for name, var in zip(leaves, closed.jaxpr.invars, strict=False) if id(var) in read]
+    return Trace(jaxpr_as_fun(closed), leaves, used, inputs, jax.tree.structure(out))
+
+
+def _spec(leaf):
+    return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
+
+
+def _specs(example, batch):
     rows = batch if batch is not None else jax_export.symbolic_shape("batch")[0]
 
     def spec(key_path, leaf):
@@ -88,45 +155,30 @@ def specs(example, batch):
         if not leaf.shape:
             name = jax.tree_util.keystr(key_path) or "the input"
             raise ValueError(f"{name} is a scalar: inputs have the batch as their first axis")
-        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
-        return jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), dtype)
+        return _spec(jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype))
 
     return jax.tree_util.tree_map_with_path(spec, example)
 
 
-def _taken_apart(variables):
-    """Returns the arrays that go into the artifact, and how they become variables again."""
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(variables, is_leaf=qarray.is_encoded)
-    arrays, decoders = [], []
-    for key_path, leaf in pairs:
-        try:
-            held, decoder = _held(leaf)
-        except ValueError as error:
-            name = jax.tree_util.keystr(key_path, simple=True, separator="/")
-            raise ValueError(f"{name}: {error}") from None
-        arrays.append(held)
-        decoders.append(decoder)
-
-    def rebuild(arrays):
-        return treedef.unflatten([d(held) for d, held in zip(decoders, arrays, strict=True)])
-
-    return arrays, rebuild
+class _Held(NamedTuple):
+    arrays: tuple  # what lies in the artifact
+    decode: Callable  # of those arrays, in the graph
 
 
-def _held(leaf):
-    """Returns the arrays of a leaf and the function that makes an array of them in the graph."""
+def _held(leaf) -> _Held:
     if not qarray.is_encoded(leaf):
-        return (leaves_lib.plain(leaf),), lambda held: held[0]
+        return _Held((leaves_lib.plain(leaf),), lambda held: held[0])
     leaf.validate()
     if leaf.shape and 0 not in leaf.shape:
         words = packed_lib.pack(leaf)
         if words.nbytes <= SLACK * leaf.nbits / 8:
             arrays, treedef = jax.tree.flatten(words)
-            return tuple(map(np.asarray, arrays)), lambda held: treedef.unflatten(held).decode()
+            arrays = tuple(map(np.asarray, arrays))
+            return _Held(arrays, lambda held: treedef.unflatten(held).decode())
     return (_held_bases if isinstance(leaf, qarray.MultiBit) else _held_codes)(leaf)
 
 
-def _held_codes(leaf):
+def _held_codes(leaf) -> _Held:
     levels, shape = qarray.alphabet(leaf), leaf.shape
     grid = isinstance(leaf, qarray.Grid)
     bits, dtype = leaf.bits, leaf.dtype
@@ -140,10 +192,10 @@ def _held_codes(leaf):
             return qarray.Grid(codes, scales, bits, dtype, levels).decode()
         return qarray.Table(symbols, scales, bits, dtype).decode()
 
-    return (stream, np.asarray(leaf.step if grid else leaf.levels)), decode
+    return _Held((stream, np.asarray(leaf.step if grid else leaf.levels)), decode)
 
 
-def _held_bases(leaf):
+def _held_bases(leaf) -> _Held:
     """Slot by slot the bases of the groups that keep it: pruned ones take no room."""
     basis, coords, mask = leaves_lib.kept_first(leaf)
     view, group = basis.shape[:-1], mask.shape[:-1]
@@ -177,19 +229,7 @@ def _held_bases(leaf):
         total = total.reshape([view[axis] for axis in order]).transpose(np.argsort(order))
         return total.reshape(shape).astype(dtype)
 
-    return (*streams, values), decode
-
-
-@contextlib.contextmanager
-def named_rows():
-    """Raises ValueError where a network asks for the number of rows and it is a symbol."""
-    try:
-        yield
-    except jax.errors.InconclusiveDimensionOperation as error:
-        first = str(error).partition("\n")[0]
-        raise ValueError(
-            f"the network asks how many rows its batch has: give their number, batch=N ({first})"
-        ) from error
+    return _Held((*streams, values), decode)
 
 
 @contextlib.contextmanager

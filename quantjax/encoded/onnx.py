@@ -11,9 +11,8 @@ import math
 
 import jax
 import numpy as np
-from jax.extend.core import jaxpr_as_fun
 
-from quantjax.core import checks, qarray
+from quantjax.core import qarray
 from quantjax.encoded import export as export_lib
 from quantjax.encoded import leaves as leaves_lib
 from quantjax.encoded import packing
@@ -38,54 +37,26 @@ def export_onnx(apply, variables, example, *, batch: int | None = None) -> bytes
         import onnx
     except ImportError as error:
         raise ImportError('ONNX takes: pip install "quantjax[onnx]"') from error
-    if batch is not None:
-        batch = checks.whole("batch", batch, 1)
-    inputs, input_tree = jax.tree.flatten(export_lib.specs(example, batch))
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(variables, is_leaf=qarray.is_encoded)
-    leaves = {}
-    for key_path, leaf in pairs:
-        name = jax.tree_util.keystr(key_path, simple=True, separator="/")
-        try:
-            leaves[name] = _Leaf(name, leaf)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    specs = [leaf.spec for leaf in leaves.values()]
-
-    def flat(*arrays):
-        given = input_tree.unflatten(arrays[: len(inputs)])
-        return apply(treedef.unflatten(arrays[len(inputs) :]), given)
-
+    leaves = export_lib.by_name(variables, _Leaf)
     # Traced here: under jax2onnx's patches of Flax the layers never meet an interceptor, and
     # quantized inputs would be left out without a word.
-    with export_lib.named_rows():
-        closed = jax.make_jaxpr(flat)(*inputs, *specs)
+    trace = export_lib.traced(apply, variables, example, batch)
+    inputs = jax.tree.leaves(trace.inputs)
     names = ["x"] if len(inputs) == 1 else [f"x_{i}" for i in range(len(inputs))]
     model = jax2onnx.to_onnx(
-        jaxpr_as_fun(closed),
-        [*inputs, *specs],
+        trace.call,
+        [*trace.leaves.values(), *inputs],
         model_name="quantjax",
         opset=OPSET_OF_INT2 if any(leaf.narrow for leaf in leaves.values()) else OPSET,
-        input_names=[*names, *leaves],
+        input_names=[*leaves, *names],
     )
-    del model.graph.input[len(inputs) :]
-    own, names = list(model.graph.node), _names(model.graph)
-    used = [leaf for name, leaf in leaves.items() if name in names]
+    del model.graph.input[: len(leaves)]
+    own, used = list(model.graph.node), [leaves[name] for name in trace.used]
     del model.graph.node[:]  # nodes come after those that they depend on
     model.graph.node.extend([*(node for leaf in used for node in leaf.nodes), *own])
     model.graph.initializer.extend(tensor for leaf in used for tensor in leaf.initializers)
     onnx.checker.check_model(model)
     return model.SerializeToString()
-
-
-def _names(graph) -> set:
-    """Returns what the nodes of a graph, and of the graphs inside of them, read."""
-    names = {output.name for output in graph.output}
-    for node in graph.node:
-        names |= set(node.input)
-        for attribute in node.attribute:
-            for inner in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
-                names |= _names(inner)
-    return names
 
 
 class _Leaf:
@@ -94,11 +65,10 @@ class _Leaf:
     def __init__(self, name, leaf):
         self.nodes, self.initializers, self.narrow = [], [], False
         if not qarray.is_encoded(leaf):
-            leaf = leaves_lib.plain(leaf)
-            self._constant(name, leaf)
+            array = leaves_lib.plain(leaf)
+            self._constant(name, array.astype(jax.dtypes.canonicalize_dtype(array.dtype)))
         else:
             self._node("Cast", [self._floats(name, leaf.validate())], name, to=_kind(leaf.dtype))
-        self.spec = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
     def _floats(self, name, leaf):
         if isinstance(leaf, qarray.Grid):
