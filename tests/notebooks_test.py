@@ -41,6 +41,7 @@ SHORTER = {
         "EPOCHS, BATCH = 20, 32": "EPOCHS, BATCH = 1, 256",
         "compare --dataset digits": "compare --dataset digits --epochs 1 --batch-size 256",
     },
+    "shipping": {"EPOCHS, BATCH = 10, 32": "EPOCHS, BATCH = 1, 256"},
     "srq": {
         "EPOCHS, BATCH = 8, 32": "EPOCHS, BATCH = 2, 256",
         '10 if name == "SRQ" else 1000': '10 if name == "SRQ" else 20',
