@@ -46,7 +46,7 @@ def run(context):
         tree = {**trained.variables, "params": with_half_coordinates(trained.encoded)}
         network = recipes.Network(tree, {"model": "lenet5", "dataset": "mnist"}, "float16")
         row = parts.row("ALQ", trained, seed)
-        yield row | {"low precision": parts.accuracy(network.loaded()), "network": network}
+        yield row | {"low precision": parts.accuracy(network.loaded()), "file": network}
 
 
 def with_half_coordinates(encoded):

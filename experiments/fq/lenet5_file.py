@@ -65,5 +65,5 @@ def as_file(parts, result: sparse_networks.Focused) -> dict:
     return {
         "low precision": parts.accuracy(network.loaded()),
         "density": round(entropy.compression(shipped.encoded).density, 4),
-        "network": network,
+        "file": network,
     }

@@ -52,14 +52,14 @@ def run(context):
                     name: int(np.count_nonzero(layer["kernel"].codes))
                     for name, layer in whole.items()
                 },
-                "network": network,
+                "file": network,
             }
 
 
 def first(context, parts, seed: int):
     """Returns the variables that the ladder starts from."""
     if context.init is None:
-        return lenet5_file.trained(parts, seed)["network"].loaded()
+        return lenet5_file.trained(parts, seed)["file"].loaded()
     return qj.decode(storage.load(context.init))
 
 

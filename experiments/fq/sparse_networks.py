@@ -14,6 +14,7 @@ import quantjax as qj
 from experiments.psg.protocol import Protocol
 from quantjax.core.quantizer import QuantState
 from quantjax.encoded import entropy
+from quantjax.lab import recipes
 from quantjax.lab.deploy import deploy
 from quantjax.lab.train import engine
 
@@ -109,7 +110,7 @@ def focus(
 
 
 def measured(parts: Protocol, result: Focused) -> dict:
-    """Returns the accuracy of what ships, and its compression over the quantized weights."""
+    """Returns the accuracy of what ships, its file, and the compression of quantized weights."""
     shipped = deploy(result.variables, result.quantizer, result.state)
     ratios = entropy.compression(shipped.encoded)
     apart = entropy.compression(shipped.encoded, tables=False)
@@ -121,7 +122,9 @@ def measured(parts: Protocol, result: Focused) -> dict:
             "bias": int(np.ravel(fitted["bias"])[0]),
             "alpha": round(float(np.ravel(result.state.learned[path]["1"]["alpha"])[0]), 4),
         }
+    told = {"model": parts.model, "dataset": parts.task.dataset.name}
     return {
+        "file": recipes.Network({**shipped.variables, "params": shipped.encoded}, told),
         "low precision": parts.accuracy(shipped.variables),
         "density": round(ratios.density, 4),
         "compression by symbol entropy": round(apart.entropy, 2),

@@ -138,11 +138,10 @@ def run(name: str, context: Context, out: Path | None = None) -> Path:
 
 def _saved(row: dict, folder: Path, record: str) -> dict:
     """Saves a row's network, if any; returns the row with the file's name and kilobytes."""
-    networks = [value for value in row.values() if isinstance(value, Network)]
-    row = {key: value for key, value in row.items() if not isinstance(value, Network)}
-    if not networks:
+    network = row.get("file")
+    if not isinstance(network, Network):
         return row
-    network = networks[-1]
+    row = {key: value for key, value in row.items() if key != "file"}
     told = [record, *(str(row[key]) for key in ("row", "bits", "sparsity") if key in row)]
     name = re.sub("[^a-z0-9.]+", "-", " ".join([*told, f"seed{row.get('seed', 0)}"]).lower())
     path = folder / f"{name}.safetensors"
