@@ -264,12 +264,18 @@ def product(x, packed: Packed):
 
 def _product(x, packed):
     dtype = jnp.promote_types(x.dtype, packed.dtype)
-    if math.prod(x.shape[:-1]) <= FEW and has_tables(packed):
+    if few(x) and has_tables(packed):
         work = jnp.promote_types(dtype, jnp.float32)
         flat = x.reshape(-1, x.shape[-1]).astype(work)
         out = _by_tables(flat, packed)
         return out.reshape(*x.shape[:-1], packed.shape[-1]).astype(dtype)
     return jnp.matmul(x.astype(dtype), packed.decode().astype(dtype))
+
+
+def few(x) -> bool:
+    """True where x has at most four rows; those of a symbolic batch (`jax.export`) are many."""
+    rows = math.prod(x.shape[:-1])
+    return isinstance(rows, int) and rows <= FEW
 
 
 def has_tables(packed: Packed) -> bool:

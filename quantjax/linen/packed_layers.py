@@ -2,7 +2,6 @@
 
 import contextvars
 import functools
-import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -93,7 +92,7 @@ def _multiplies_plainly(module, args, kwargs):
         plain = type(module).__call__ is nn.Dense.__call__
     if not plain or module.dot_general is not None or module.dot_general_cls is not None:
         return False
-    few = math.prod(jnp.shape(x)[:-1]) <= packed_lib.FEW
+    few = packed_lib.few(jnp.asarray(x))
     return few and packed_lib.has_tables(module.get_variable("params", "kernel"))
 
 

@@ -5,7 +5,6 @@ layers become a class of the same name that multiplies few rows by the packed ke
 """
 
 import functools
-import math
 
 import jax.numpy as jnp
 from flax import nnx
@@ -80,7 +79,7 @@ def _multiplying(cls: type) -> type:
 
     def call(self, inputs, *args, **kwargs):
         kernel = self.kernel.packed if isinstance(self.kernel, PackedKernel) else None
-        few = math.prod(jnp.shape(inputs)[:-1]) <= packed_lib.FEW
+        few = packed_lib.few(jnp.asarray(inputs))
         plain = self.dot_general is lax.dot_general and not args and not kwargs
         if kernel is None or not (few and plain and packed_lib.has_tables(kernel)):
             return cls.__call__(self, inputs, *args, **kwargs)

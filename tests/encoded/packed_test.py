@@ -204,6 +204,15 @@ def test_shard_map_over_outputs():
     np.testing.assert_allclose(split(x, packed), packed_lib.product(x, packed), rtol=1e-6)
 
 
+def test_a_symbolic_batch_decodes():
+    packed = qj.pack({"k": grid(4)})["k"]
+    rows = jax.export.symbolic_shape("rows")[0]
+    spec = jax.ShapeDtypeStruct((rows, 37), jnp.float32)
+    exported = jax.export.export(jax.jit(lambda x: packed_lib.product(x, packed)))(spec)
+    x = jnp.ones((2, 37))
+    np.testing.assert_allclose(exported.call(x), packed_lib.product(x, packed), rtol=1e-5)
+
+
 def test_bad_input():
     packed = qj.pack({"k": grid(4)})["k"]
     with pytest.raises(ValueError, match=r"x \(2, 36\) and a packed leaf \(37, 30\)"):
