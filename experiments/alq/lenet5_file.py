@@ -1,6 +1,6 @@
 """ALQ of LeNet-5 (20-50-500) on MNIST, weighed as the file that ships.
 
-Structures, images and choice of the epoch as in `alq_mnist`, but a third of a bit per weight, and
+Structures, images and choice of the epoch as in `alq_mnist`, but below a third of a bit, and
 a last round that is long. The file is all of it: header, digests, bases, coordinates and biases in
 float16. The paper counts the weights alone, with coordinates in float32 and without dead channels;
 here they stay, so that the file loads as `lenet5`. The accuracy is that of the network read back.
