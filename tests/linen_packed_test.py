@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import errors
 
 import quantjax as qj
 from quantjax.encoded import packed as packed_lib
@@ -165,11 +166,18 @@ def test_shared_layers_and_mutable_collections():
     jax.tree.map(close, found, expected)
 
 
-@pytest.mark.parametrize("model", [Everything(), nn.Dense(5)], ids=["model", "layer"])
+class Small(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (3, 3))(x)).reshape(x.shape[0], -1)
+        return nn.DenseGeneral(6)(nn.relu(nn.Dense(8)(x)))
+
+
+@pytest.mark.parametrize("model", [Small(), nn.Dense(5)], ids=["model", "layer"])
 @pytest.mark.parametrize("rows", [2, 5])
 def test_inputs_are_quantized_on_either_side(model, rows):
-    args = inputs(rows)
-    args = args if isinstance(model, Everything) else (args[0].reshape(rows, -1),)
+    images = inputs(rows)[0]
+    args = (images if isinstance(model, Small) else images.reshape(rows, -1),)
     decoded, packed = encodings(model, *args)
     quantize = qj.uniform_input(2)
     apply = qj.linen.quantize_inputs(model.apply, quantize)
@@ -181,6 +189,31 @@ def test_inputs_are_quantized_on_either_side(model, rows):
         qj.linen.quantize_inputs(qj.linen.packed(model.apply), quantize),
     ):
         close(jax.jit(way)({**packed, **quant}, *args), expected)
+
+
+def test_a_packed_bias_beside_a_plain_kernel():
+    model, x = nn.Dense(6), jnp.ones((1, 8))
+    params = {"kernel": jnp.ones((8, 6)), "bias": jnp.arange(6.0)}
+    bias = qj.Grid(np.arange(6, dtype=np.int8), np.ones(1, np.float32), 4, np.dtype("float32"))
+    packed = {"params": qj.pack(params | {"bias": bias})}
+    close(qj.linen.packed(model.apply)(packed, x), model.apply({"params": params}, x))
+
+
+def test_intermediates_are_captured_once():
+    model, x = nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(3)]), jnp.ones((2, 8))
+    decoded, packed = encodings(model, x)
+    options = {"capture_intermediates": True, "mutable": ["intermediates"]}
+    expected = model.apply(decoded, x, **options)
+    jax.tree.map(close, qj.linen.packed(model.apply)(packed, x, **options), expected)
+
+
+def test_embeddings_out_of_range_are_those_of_flax():
+    model, index = nn.Embed(300, 8), jnp.asarray([7, 299, 300, -1, -300, -301])
+    decoded, packed = encodings(model, index)
+    apply = jax.jit(qj.linen.packed(model.apply))
+    np.testing.assert_array_equal(apply(packed, index), model.apply(decoded, index))
+    small = jnp.asarray([7, 255], jnp.uint8)
+    np.testing.assert_array_equal(apply(packed, small), model.apply(decoded, small))
 
 
 class Own(nn.Module):
@@ -197,6 +230,10 @@ def test_bad_input():
         ValueError, match=r"layers_0/kernel: a Own cannot multiply by a packed leaf"
     ):
         qj.linen.packed(nn.Sequential([Own()]).apply)(packed, x)
+    _, packed = encodings(nn.Dense(4), x)
+    for model, other in ((nn.Dense(5), x), (nn.Dense(4), x[:, :6]), (nn.Dense(4), x[0, :6])):
+        with pytest.raises(errors.ScopeParamShapeError, match="kernel"):
+            qj.linen.packed(model.apply)(packed, other)
     with pytest.raises(ValueError, match="jitted already"):
         qj.linen.packed(jax.jit(Own().apply))
     with pytest.raises(ValueError, match=r"pass model\.apply"):

@@ -122,6 +122,35 @@ def test_plain_and_encoded_leaves_and_those_that_are_missing():
     np.testing.assert_array_equal(found.layers[0].kernel[...], model.layers[0].kernel[...])
 
 
+class Tied(nnx.Module):
+    """One weight in two places, of which the state names the first."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(8, 8, rngs=rngs)
+        self.linear = nnx.Linear(8, 8, rngs=rngs)
+        self.linear.kernel = self.embed.embedding
+
+    def __call__(self, index):
+        return self.linear(self.embed(index))
+
+
+def test_tied_weights_are_packed_in_all_places():
+    model = Tied(nnx.Rngs(0))
+    quantizer = qj.uniform(2)
+    params = nnx.state(model, nnx.Param)
+    encoded = quantizer.encode(params, quantizer.init(params))
+    packed = qj.nnx.packed(model, qj.pack(encoded))
+    nnx.update(model, qj.decode(encoded))
+    close(packed(jnp.arange(3)), model(jnp.arange(3)))
+    assert packed.linear.kernel is packed.embed.embedding
+
+
+def test_packed_models_print(models):
+    _, packed, _ = models
+    assert "kernel=PackedKernel(" in repr(packed)
+    assert "value=Array([[" in repr(packed.layers[0].kernel)
+
+
 def test_bad_input(models):
     model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="expected an NNX model"):

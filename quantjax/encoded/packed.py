@@ -94,25 +94,25 @@ class Packed:
         """Returns the symbols in 0..levels-1, uint8 or uint16 `[..., rows, outputs]`."""
         total = 0
         for plane, words in zip(planes(self.levels), self.words, strict=True):
-            digits = [words // plane.base**i % plane.base for i in range(plane.per)]
-            if plane.per == 1:
-                digits = [words]
-            found = jnp.stack(digits, axis=-2)
-            found = found.reshape(*words.shape[:-2], -1, words.shape[-1])[..., : self.rows, :]
-            total = total + found * found.dtype.type(plane.weight)
+            digits = _digits(words, plane, self.rows)
+            total = total + digits * digits.dtype.type(plane.weight)
         return total[..., 0] if self.vector else total
 
     def take(self, index):
         """Returns the rows of a leaf of two dimensions at integers `index`, decoded, as decode has.
 
-        Rows out of range are those at the ends. A MultiBit decodes as a whole.
+        Out of range are NaN, as `jnp.take` has them; negative ones count from the end. A MultiBit
+        decodes as a whole.
         """
         if self.kind is qarray.MultiBit or self.vector or len(self.shape) != 2:
-            return jnp.take(self.decode(), index, axis=0, mode="clip")
+            return jnp.take(self.decode(), index, axis=0)
+        index = jnp.asarray(index).astype(jnp.int32)
+        index = jnp.where(index < 0, index + self.rows, index)
+        inside = ((index >= 0) & (index < self.rows))[..., None]
         index = jnp.clip(index, 0, self.rows - 1)
         total = 0
         for plane, words in zip(planes(self.levels), self.words, strict=True):
-            place = (index % plane.per)[..., None].astype(jnp.int32)
+            place = (index % plane.per)[..., None]
             powers = jnp.asarray(plane.base ** np.arange(plane.per), jnp.int32)
             found = jnp.take(words, index // plane.per, axis=0).astype(jnp.int32)
             total = total + found // powers[place] % plane.base * plane.weight
@@ -121,9 +121,11 @@ class Packed:
         scales = jnp.take(scales, index, axis=0) if grouped else scales[0]
         if self.kind is qarray.Grid:
             codes = (total - self.levels // 2).astype(scales.dtype)
-            return (codes * jnp.broadcast_to(scales, codes.shape)).astype(self.dtype)
-        scales = jnp.broadcast_to(scales, (*total.shape, self.levels))
-        return jnp.take_along_axis(scales, total[..., None], axis=-1)[..., 0].astype(self.dtype)
+            values = codes * jnp.broadcast_to(scales, codes.shape)
+        else:
+            scales = jnp.broadcast_to(scales, (*total.shape, self.levels))
+            values = jnp.take_along_axis(scales, total[..., None], axis=-1)[..., 0]
+        return jnp.where(inside, values, jnp.nan).astype(self.dtype)
 
     def decode(self):
         """Returns what the encoded leaf decodes to, bit for bit."""
@@ -134,12 +136,25 @@ class Packed:
         if self.kind is qarray.Table:
             index = symbols.astype(jnp.int32)[..., None]
             return jnp.take_along_axis(self.scales, index, axis=-1)[..., 0].astype(self.dtype)
-        signs = 2 * symbols.astype(self.scales.dtype) - 1
-        at = -2 if self.vector else -3
-        total = jnp.zeros(signs.shape[:at] + signs.shape[at + 1 :], signs.dtype)
+        total, at = 0, -2 if self.vector else -3
         for k in range(self.scales.shape[-1]):  # in the order of MultiBit.decode
-            total = total + self.scales[..., k] * jnp.take(signs, k, axis=at)
+            signs = 2 * jnp.take(symbols, k, axis=at).astype(self.scales.dtype) - 1
+            total = total + self.scales[..., k] * signs
         return total.reshape(self.shape).astype(self.dtype)
+
+
+def _digits(words, plane, rows):
+    """Returns the digits of words [..., rows, outputs], unsigned."""
+    if plane.per == 1:
+        return words
+    # Products and shifts in the place of divisions, which processors do one by one: exact for
+    # bytes, and above(per) is 0.
+    powers = plane.base ** np.arange(plane.per + 1)
+    factors = -(-(2**16) // powers).astype(np.int32).reshape((1,) * (words.ndim - 1) + (-1, 1))
+    above = (words[..., None, :].astype(jnp.int32) * factors) >> 16
+    digits = above[..., :-1, :] - plane.base * above[..., 1:, :]
+    digits = digits.reshape(*words.shape[:-2], -1, words.shape[-1])
+    return digits[..., :rows, :].astype(plane.dtype)
 
 
 def is_packed(leaf) -> bool:

@@ -47,21 +47,21 @@ def _outermost(next_fun, args, kwargs, context):
     """Enters the interceptor below once a model runs, where it is the innermost of all."""
     if _inside.get():
         return next_fun(*args, **kwargs)
+    module = context.module
     token = _inside.set(True)
     try:
         with nn.intercept_methods(_at_packed_layers):
+            if not _packed_leaves(module):
+                return next_fun(*args, **kwargs)
             # Called anew: the interceptors of this very call were chosen before.
-            return getattr(context.module, context.method_name)(*args, **kwargs)
+            return getattr(module, context.method_name)(*args, **kwargs)
     finally:
         _inside.reset(token)
 
 
 def _at_packed_layers(next_fun, args, kwargs, context):
     module, method = context.module, context.method_name
-    if module.scope is None:
-        return next_fun(*args, **kwargs)
-    own = module.scope.variables().get("params", {})
-    leaves = {name: leaf for name, leaf in own.items() if packed_lib.is_packed(leaf)}
+    leaves = _packed_leaves(module)
     if not leaves:
         return next_fun(*args, **kwargs)
     if not isinstance(module, LAYERS):
@@ -71,6 +71,7 @@ def _at_packed_layers(next_fun, args, kwargs, context):
         )
     if method == "setup":  # of Embed: it would compare the shape of what is packed
         return None
+    own = module.scope.variables()["params"]
     if method == "__call__" and _multiplies_plainly(module, args, kwargs):
         return _dense(module, own, *args, **kwargs)
     if method == "__call__" and type(module).__call__ is nn.Embed.__call__:
@@ -80,6 +81,12 @@ def _at_packed_layers(next_fun, args, kwargs, context):
         return free.apply(
             {"params": packed_lib.unpacked(dict(own))}, *args, method=method, **kwargs
         )
+
+
+def _packed_leaves(module):
+    """Returns {name: leaf} of what a module itself owns; nothing of one that is not bound."""
+    own = {} if module.scope is None else module.scope.variables().get("params", {})
+    return {name: leaf for name, leaf in own.items() if packed_lib.is_packed(leaf)}
 
 
 def _multiplies_plainly(module, args, kwargs):
@@ -92,8 +99,14 @@ def _multiplies_plainly(module, args, kwargs):
         plain = type(module).__call__ is nn.Dense.__call__
     if not plain or module.dot_general is not None or module.dot_general_cls is not None:
         return False
-    few = packed_lib.few(jnp.asarray(x))
-    return few and packed_lib.has_tables(module.get_variable("params", "kernel"))
+    own = module.scope.variables()["params"]
+    kernel = own.get("kernel")
+    if not packed_lib.is_packed(kernel) or not packed_lib.has_tables(kernel):
+        return False
+    # Where shapes or names are wrong Flax says so.
+    fits = kernel.shape == (jnp.shape(x)[-1], module.features)
+    fits &= ("bias" in own) == module.use_bias
+    return fits and packed_lib.few(jnp.asarray(x))
 
 
 def _dense(module, params, inputs):

@@ -6,7 +6,9 @@ layers become a class of the same name that multiplies few rows by the packed ke
 
 import functools
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -24,6 +26,9 @@ class PackedKernel(nnx.Variable):
 
     def get_value(self, *, index=...):
         """Returns the decoded kernel, or a part of it."""
+        leaves = jax.tree.leaves(self.packed)
+        if not all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves):
+            return self.packed  # a description of it, while a model is printed
         value = self.packed.decode()
         return value if index is ... else value[index]
 
@@ -56,16 +61,19 @@ def packed(model: nnx.Module, params) -> nnx.Module:
     for path, leaf in leaves.items():
         if path not in places:
             raise ValueError(f"{path} is none of the model's params: {list(places)}")
-        module, name = places[path]
-        shape = getattr(module, name)[...].shape
+        old = getattr(*places[path])
+        shape = old[...].shape
         if tuple(leaf.shape) != shape:
             raise ValueError(f"{path} has shape {tuple(leaf.shape)}, the model's {shape}")
-        if not packed_lib.is_packed(leaf):
-            setattr(module, name, nnx.Param(packed_lib.unpacked(leaf)))
-            continue
-        setattr(module, name, PackedKernel(leaf))
-        if name == "kernel" and type(module).__call__ is nnx.Linear.__call__:
-            module.__class__ = _multiplying(type(module))
+        kept = packed_lib.is_packed(leaf)
+        new = PackedKernel(leaf) if kept else nnx.Param(packed_lib.unpacked(leaf))
+        # A tied weight lies in several places, of which params name one.
+        for module, name in places.values():
+            if getattr(module, name) is not old:
+                continue
+            setattr(module, name, new)
+            if kept and name == "kernel" and type(module).__call__ is nnx.Linear.__call__:
+                module.__class__ = _multiplying(type(module))
     return model
 
 
