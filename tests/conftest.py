@@ -27,7 +27,12 @@ from tests import quick  # noqa: E402
 
 @pytest.fixture
 def few_programs():
-    """Empties jax's caches: beyond some thousand programs they evict, and none can be counted."""
+    """Empties jax's caches: beyond some thousand programs they evict, and none can be counted.
+
+    Afterwards, too: a program may hold a constant that the test had changed.
+    """
+    jax.clear_caches()
+    yield
     jax.clear_caches()
 
 

@@ -188,7 +188,7 @@ def test_learned_widths_say_why_they_do_not_encode_under_jit():
 
 
 @pytest.mark.parametrize("name", [*OTHERS, "chain", "stacked"])
-def test_without_jit_all_of_it_works(name, monkeypatch, quick_programs):
+def test_without_jit_all_of_it_works(name, monkeypatch, few_programs, quick_programs):
     monkeypatch.setattr("quantjax.methods.fq.mixture.ITERATIONS", 3)  # each is many operations
     params, quantizer = make_params(), FIXED[name]()
     with jax.disable_jit():
