@@ -10,6 +10,7 @@ from flax import nnx
 
 import quantjax as qj
 from quantjax import nnx as qnnx
+from quantjax.nnx import input_layers
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -70,8 +71,8 @@ def test_the_clone_is_still_its_class_and_travels():
 
 
 def test_pickle_of_a_quantized_model_makes_the_same_class():
-    made = qnnx._counting_passes(nnx.Linear)
-    again = pickle.loads(pickle.dumps(qnnx._unpickled(nnx.Linear).__reduce_ex__(2)[:2]))
+    made = input_layers._counting_passes(nnx.Linear)
+    again = pickle.loads(pickle.dumps(input_layers._unpickled(nnx.Linear).__reduce_ex__(2)[:2]))
     assert type(again[0](*again[1])) is made
 
 
