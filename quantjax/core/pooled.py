@@ -15,14 +15,14 @@ from jax import lax
 PART = 4096  # elements: what a part computes on the way stays in the cache
 
 
-def map_and_sum(fn: Callable, arrays: list[tuple], numbers: list[jax.Array]) -> tuple:
-    """Returns ([first of every leaf], *[sums over its elements, one a leaf]).
+def map_and_sum(fn: Callable, arrays: list[tuple], numbers: list[tuple]) -> list[tuple]:
+    """Returns (first, *sums) for every leaf: first of its shape, sums over its elements.
 
     Args:
       fn: (*parts, *numbers) -> (first, *others), parts flat, first and others like them; with
         parts that are 0 the others are 0.
       arrays: for every leaf arrays of its shape, all of one dtype.
-      numbers: arrays whose first axis counts the leaves: fn gets a leaf's own.
+      numbers: for every leaf arrays whose shapes are those of the next leaf's.
     """
     shapes = [leaf[0].shape for leaf in arrays]
     sizes = [leaf[0].size for leaf in arrays]
@@ -30,13 +30,14 @@ def map_and_sum(fn: Callable, arrays: list[tuple], numbers: list[jax.Array]) -> 
     owner = np.repeat(np.arange(len(arrays)), counts)
 
     def in_parts(leaves):
-        padded = []  # zeros among the operands: a pad is a kernel for every leaf
-        for leaf, count in zip(leaves, counts, strict=True):
-            padded += [leaf.reshape(-1), jnp.zeros(count * PART - leaf.size, leaf.dtype)]
+        padded = [
+            jnp.pad(leaf.reshape(-1), (0, count * PART - leaf.size))
+            for leaf, count in zip(leaves, counts, strict=True)
+        ]
         return jnp.concatenate(padded).reshape(-1, PART)
 
     columns = [in_parts(leaves) for leaves in zip(*arrays, strict=True)]
-    mine = [values[owner] for values in numbers]
+    mine = [jnp.stack(values)[owner] for values in zip(*numbers, strict=True)]
 
     def of_part(values):
         first, *others = fn(*values)
@@ -45,10 +46,9 @@ def map_and_sum(fn: Callable, arrays: list[tuple], numbers: list[jax.Array]) -> 
     run = lax.map if jax.default_backend() == "cpu" else lambda f, xs: jax.vmap(f)(xs)
     first, *sums = run(of_part, (*columns, *mine))
     ends = np.cumsum(counts)
-    firsts = [
-        first[end - count : end].reshape(-1)[:size].reshape(shape)
-        for shape, size, end, count in zip(shapes, sizes, ends, counts, strict=True)
-    ]
-    # One kernel for all leaves; a select, so that a NaN stays in its own.
-    is_mine = owner[:, None] == np.arange(len(arrays))
-    return firsts, *(jnp.where(is_mine, part[:, None], 0).sum(0) for part in sums)
+    out = []
+    for shape, size, end, count in zip(shapes, sizes, ends, counts, strict=True):
+        rows = slice(end - count, end)
+        leaf = first[rows].reshape(-1)[:size].reshape(shape)
+        out.append((leaf, *(part[rows].sum() for part in sums)))
+    return out

@@ -16,15 +16,13 @@ def test_map_and_sum(backend, monkeypatch):
     rng = np.random.default_rng(0)
     shapes = [(3,), (pooled.PART,), (5, 7, 200), (2, 1, 3)]
     arrays = [tuple(jnp.asarray(rng.normal(size=s), jnp.float32) for _ in range(2)) for s in shapes]
-    count = jnp.arange(len(shapes), dtype=jnp.float32)
-    numbers = [count, jnp.stack([jnp.ones_like(count), count], axis=-1)]
+    numbers = [(jnp.asarray(float(i)), jnp.asarray([1.0, i])) for i in range(len(shapes))]
 
     def fn(x, y, number, pair):
         return x + number, x * y, y * pair[1]
 
-    firsts, *sums = jax.jit(lambda: pooled.map_and_sum(fn, arrays, numbers))()
-    each = zip(arrays, *numbers, firsts, *sums, strict=True)
-    for (x, y), number, pair, first, *sums in each:
+    found = jax.jit(lambda: pooled.map_and_sum(fn, arrays, numbers))()
+    for (x, y), (number, pair), (first, *sums) in zip(arrays, numbers, found, strict=True):
         np.testing.assert_array_equal(first, x + number)
         np.testing.assert_allclose(sums[0], jnp.sum(x * y), rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(sums[1], jnp.sum(y * pair[1]), rtol=1e-4, atol=1e-4)

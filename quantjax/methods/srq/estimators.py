@@ -32,18 +32,20 @@ def on_masked_grid(x, alpha, sigma, masks, bits, estimator):
     )
 
 
-def on_grids(xs: list, alphas, sigmas, masks, lows, highs, bits, estimator):
+def on_grids(leaves: list[tuple], bits, estimator):
     """Returns x_hat of several leaves, all in one program.
 
     Args:
-      xs: of one dtype.
-      alphas, sigmas, lows, highs: [leaves].
-      masks: [leaves, bits - 1], or None.
+      leaves: (x, alpha, sigma, masks, low, high) each; x of one dtype, alpha, sigma, low and high
+        of one element; masks [bits - 1], or None in all of them.
       bits: of the masks.
       estimator: one of KNOWN.
     """
-    layout = None if masks is None else _cells(bits, masks)
-    return _quantize_all(xs, alphas, sigmas, masks, (lows, highs), layout, estimator)
+    xs, alphas, sigmas, masks, lows, highs = zip(*leaves, strict=True)
+    layout = None if masks[0] is None else _cells(bits, masks[0])
+    alphas, sigmas = ([number.reshape(()) for number in part] for part in (alphas, sigmas))
+    ends = tuple(zip(lows, highs, strict=True))
+    return _quantize_all(list(xs), alphas, sigmas, list(masks), ends, layout, estimator)
 
 
 def _cells(bits, masks):
@@ -88,22 +90,22 @@ _quantize.defvjp(_forward, _backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _quantize_all(xs, alphas, sigmas, masks, limits, layout, estimator):
-    """As `_quantize`, of a list; all else has an axis of its leaves in front."""
+    """As `_quantize`, of lists; every alpha and sigma is a scalar."""
     del estimator
-    wide = [x.astype(alphas.dtype) for x in xs]
-    if masks is None:  # rounding alone fuses with whatever uses it
-        ends = zip(*limits, strict=True)
-        x_hats = [
-            _rounded(*of, None, end, None)
-            for *of, end in zip(wide, alphas, sigmas, ends, strict=True)
+    if masks[0] is None:  # rounding alone fuses with whatever uses it
+        parts = zip(xs, alphas, sigmas, masks, limits, strict=True)
+        return [
+            _rounded(x.astype(alpha.dtype), alpha, *rest, layout).astype(x.dtype)
+            for x, alpha, *rest in parts
         ]
-    else:
 
-        def fn(x, alpha, sigma, masks):
-            return (_rounded(x, alpha, sigma, masks, None, layout),)
+    def fn(x, alpha, sigma, masks):
+        return (_rounded(x, alpha, sigma, masks, None, layout),)
 
-        (x_hats,) = pooled.map_and_sum(fn, [(x,) for x in wide], [alphas, sigmas, masks])
-    return [x_hat.astype(x.dtype) for x_hat, x in zip(x_hats, xs, strict=True)]
+    found = pooled.map_and_sum(
+        fn, [(x,) for x in _wide(xs, alphas)], list(zip(alphas, sigmas, masks, strict=True))
+    )
+    return [x_hat.astype(x.dtype) for (x_hat,), x in zip(found, xs, strict=True)]
 
 
 def _forward_all(xs, alphas, sigmas, masks, limits, layout, estimator):
@@ -113,20 +115,25 @@ def _forward_all(xs, alphas, sigmas, masks, limits, layout, estimator):
 
 def _backward_all(layout, estimator, saved, cotangents):
     xs, alphas, sigmas, masks, limits = saved
+    with_masks = masks[0] is not None
 
-    def fn(x, cotangent, alpha, sigma, low, high, masks=None):
-        return _pull(x, cotangent, alpha, sigma, masks, (low, high), layout, estimator)
+    def fn(x, cotangent, alpha, sigma, low, high, *masks):
+        mine = masks[0] if masks else None
+        return _pull(x, cotangent, alpha, sigma, mine, (low, high), layout, estimator)
 
-    numbers = [alphas, sigmas, *limits, *([] if masks is None else [masks])]
-    arrays = [
-        (x.astype(alphas.dtype), cotangent.astype(alphas.dtype))
-        for x, cotangent in zip(xs, cotangents, strict=True)
-    ]
-    by_xs, by_alphas, by_s, *by_masks = pooled.map_and_sum(fn, arrays, numbers)
-    by_xs = [by_x.astype(x.dtype) for by_x, x in zip(by_xs, xs, strict=True)]
-    if masks is not None:
-        by_masks = jnp.where(masks == 0, 0, jnp.stack(by_masks, axis=-1))
-    return by_xs, by_alphas, -(alphas / sigmas) * by_s, None if masks is None else by_masks, None
+    lists = (alphas, sigmas, *zip(*limits, strict=True), *([masks] if with_masks else []))
+    found = pooled.map_and_sum(
+        fn,
+        list(zip(_wide(xs, alphas), _wide(cotangents, alphas), strict=True)),
+        list(zip(*lists, strict=True)),
+    )
+    by_x, by_alpha, by_sigma, by_masks = [], [], [], []
+    for i, (first, of_alpha, of_s, *of_masks) in enumerate(found):
+        by_x.append(first.astype(xs[i].dtype))
+        by_alpha.append(of_alpha)
+        by_sigma.append(-(alphas[i] / sigmas[i]) * of_s)
+        by_masks.append(jnp.where(masks[i] == 0, 0, jnp.stack(of_masks)) if with_masks else None)
+    return by_x, by_alpha, by_sigma, by_masks, None
 
 
 _quantize_all.defvjp(_forward_all, _backward_all)
@@ -172,3 +179,7 @@ def _lead(masks):
     """[*group, count] -> [1 + count, *group], the first for the codes that are never masked."""
     masks = jnp.moveaxis(masks, -1, 0)
     return jnp.concatenate([jnp.ones_like(masks, shape=(1, *masks.shape[1:])), masks])
+
+
+def _wide(xs, alphas):
+    return [x.astype(alpha.dtype) for x, alpha in zip(xs, alphas, strict=True)]

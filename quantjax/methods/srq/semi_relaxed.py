@@ -168,24 +168,21 @@ def srq(
         }
         if len(one) < 2 or len({learned["log_alpha"].dtype for _, learned, *_ in one.values()}) > 1:
             return {}
-        xs, learned, buffers, keys = zip(*one.values(), strict=True)
-        alphas = []  # each by itself: an exp of many may differ in the last bit
-        for path, x, mine in zip(one, xs, learned, strict=True):
-            alpha, _ = learned_grid.positive(mine)
-            with at(path):
-                checks.fitting(alpha, x)
-            alphas.append(alpha.reshape(()))
-        sigmas = jnp.exp(jnp.stack([mine["log_sigma"].reshape(()) for mine in learned]))
-        buffers = jax.tree.map(lambda *each: jnp.stack(each), *buffers)
-        masks = None
+        masks = [None] * len(one)
         if masked:
-            logits = {"mask_logits": jnp.stack([mine["mask_logits"] for mine in learned])}
-            masks = jax.vmap(masks_of)(logits, buffers, jnp.stack(keys))
-        ends = buffers["low"], buffers["high"]
-        x_hats = estimators.on_grids(
-            list(xs), jnp.stack(alphas), sigmas, masks, *ends, bits, estimator
-        )
-        return dict(zip(one, x_hats, strict=True))
+            parts = [
+                ({"mask_logits": learned["mask_logits"]}, buffers, key)
+                for _, learned, buffers, key in one.values()
+            ]
+            stacked = jax.tree.map(lambda *each: jnp.stack(each), *parts)
+            masks = list(jax.vmap(masks_of)(*stacked))
+        grids = []
+        for (path, (leaf, learned, buffers, _)), mine in zip(one.items(), masks, strict=True):
+            alpha, sigma = learned_grid.positive(learned)
+            with at(path):
+                checks.fitting(alpha, leaf)
+            grids.append((leaf, alpha, sigma, mine, buffers["low"], buffers["high"]))
+        return dict(zip(one, estimators.on_grids(grids, bits, estimator), strict=True))
 
     def masks_of(learned, buffers, key):
         masks = hard_concrete.sample(key, _probabilities(learned), **shape)
