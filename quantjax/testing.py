@@ -280,10 +280,11 @@ def _packed_leaf_is_as_small(leaf):
     if isinstance(leaf, qarray.MultiBit) or qarray.alphabet(leaf) not in WHOLE:
         return
     rows = leaf.shape[-2] if len(leaf.shape) > 1 else leaf.shape[0]
-    padded = leaf.nbits / 8 * (1 + 8 / rows)
-    assert found.nbytes <= padded, (
-        f"law 6: {found.nbytes} bytes packed, {leaf.nbits} bits in a file"
-    )
+    levels = qarray.alphabet(leaf)
+    per = max(plane.per for plane in packed_lib.planes(levels))
+    codes = math.prod(leaf.shape) // rows * -(-rows // per) * per
+    padded = qarray.stream_bytes(codes, levels) + found.scales.nbytes
+    assert found.nbytes <= padded, f"law 6: {found.nbytes} bytes packed, {padded} in a file"
 
 
 def law_7_update_keeps_the_state_and_compiles_once(quantizer: Quantizer, params) -> None:

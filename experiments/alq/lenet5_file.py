@@ -7,6 +7,7 @@ here they stay, so that the file loads as `lenet5`. The accuracy is that of the 
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,27 +18,12 @@ from quantjax.core import qarray
 from quantjax.lab import recipes
 
 TITLE = "ALQ on MNIST: LeNet-5 20-50-500 as a file"
-ROUNDS = ((0.5, 0.5), (0.5, 1), (0.66, 5.5))  # the share a round leaves, epochs of its bases
-
-
-def schedule(per_epoch: int) -> tuple[qj.Phase, ...]:
-    """Returns the phases, 9.75 epochs in all."""
-    phases = ()
-    for keep, epochs in ROUNDS:
-        phases += qj.alq_rounds(
-            per_epoch,
-            1,
-            keep,
-            prune_epochs=0.25,
-            basis_epochs=epochs,
-            coordinate_epochs=0.5 if epochs < 2 else 1,
-            basis_rate=mnist.BASIS_RATE,
-        )
-    return phases
+ROUNDS = ((0.5, 0.5, 0.5), (0.5, 1, 0.5), (0.66, 5.5, 1))  # as in `mnist`: 9.75 epochs in all
 
 
 def run(context):
     """Yields, per seed, full precision, and the file with its accuracy."""
+    schedule = functools.partial(mnist.schedule, rounds=ROUNDS)
     for seed in context.seeds:
         parts = protocol.mnist(context, seed, validation=5_000)
         start = parts.full_precision(seed)

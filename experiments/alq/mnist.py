@@ -12,21 +12,22 @@ from experiments.alq import protocol
 
 TITLE = "ALQ on MNIST: LeNet-5 20-50-500, reduced schedule"
 BITS = 2
-KEEP = (0.5, 0.52, 0.87)  # what the rounds leave
+# The share that a round leaves, epochs of its bases and of its coordinates.
+ROUNDS = ((0.5, 0.5, 0.5), (0.52, 0.75, 0.5), (0.87, 2.25, 0.5))
 BASIS_RATE = 5e-3
 
 
-def schedule(per_epoch: int) -> tuple[qj.Phase, ...]:
+def schedule(per_epoch: int, rounds=ROUNDS) -> tuple[qj.Phase, ...]:
     """Returns the phases, 5.75 epochs in all; the last round is the longest."""
     phases = ()
-    for keep, epochs in zip(KEEP, (0.5, 0.75, 2.25), strict=True):
+    for keep, bases, coordinates in rounds:
         phases += qj.alq_rounds(
             per_epoch,
             1,
             keep,
             prune_epochs=0.25,
-            basis_epochs=epochs,
-            coordinate_epochs=0.5,
+            basis_epochs=bases,
+            coordinate_epochs=coordinates,
             basis_rate=BASIS_RATE,
         )
     return phases

@@ -9,7 +9,6 @@ back from its file; rungs and epochs were set beforehand, and every rung is show
 """
 
 import numpy as np
-import optax
 
 import quantjax as qj
 from experiments.fq import lenet5_file, narrow_networks, sparse_networks
@@ -79,18 +78,8 @@ def without_loose_ends(pruned: sparse_networks.Pruned) -> sparse_networks.Pruned
 
 def quantize(small, pruned: sparse_networks.Pruned, seed: int):
     """Returns float variables and encoded params after training on the learned grid."""
-    total = small.context.steps(3, len(small.task.dataset.train.labels) // small.batch_size)
     quantizer = qj.chain(qj.pruned(pruned.masks), qj.lsq(BITS))
-    descent = sparse_networks.optimizer(optax.cosine_decay_schedule(0.01, total))
-    method = engine.Method(descent, quantizer)
-    end = engine.fit(
-        small.task,
-        method,
-        pruned.variables,
-        total,
-        batch_size=small.batch_size,
-        seed=seed,
-        steps=engine.shared_steps(small.compiled, "lsq", small.task, method),
-        label="lsq",
+    end = sparse_networks.fit(
+        small, "lsq", quantizer, pruned.variables, epochs=3, rate=0.01, seed=seed
     )
     return {"params": end.params}, quantizer.encode(end.params, end.state)

@@ -13,6 +13,7 @@ import optax
 import quantjax as qj
 from experiments.fq import sparse_networks
 from experiments.psg import protocol
+from quantjax.lab import recipes
 from quantjax.lab.deploy import deploy
 from quantjax.lab.train import engine
 from quantjax.methods.l0 import l0
@@ -115,8 +116,10 @@ def _row(name, parts, variables, pruner, sparsity, seed, state=None):
     state = pruner.init(params) if state is None else state
     cut = {**variables, "params": pruner.apply(params, state)}
     kept = [np.count_nonzero(leaf) for leaf in _owned(cut["params"], state)]
+    told = {"model": parts.model, "dataset": parts.task.dataset.name}
     found = {
         "row": name,
+        "file": recipes.Network(cut, told),
         "sparsity": sparsity,
         "seed": seed,
         "full precision": parts.accuracy(variables),

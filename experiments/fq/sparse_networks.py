@@ -62,22 +62,8 @@ def prune(
     end = max(1, int(SURGERY_SHARE * total))
     shares = density if isinstance(density, Mapping) else {".*": density}
     quantizer = qj.partition({name: qj.surgery(share, end=end) for name, share in shares.items()})
-    method = engine.Method(optimizer(optax.cosine_decay_schedule(rate, total)), quantizer)
-    end = engine.fit(
-        parts.task,
-        method,
-        variables,
-        total,
-        batch_size=parts.batch_size,
-        seed=seed,
-        steps=engine.shared_steps(
-            parts.compiled,
-            f"surgery of {', '.join(shares)}, {epochs:g} epochs at {rate:g}",
-            parts.task,
-            method,
-        ),
-        label="surgery",
-    )
+    name = f"surgery of {', '.join(shares)}, {epochs:g} epochs at {rate:g}"
+    end = fit(parts, name, quantizer, variables, epochs=epochs, rate=rate, seed=seed)
     masks = {path: mine["mask"] for path, mine in end.state.buffers.items()}
     sparse = {**end.variables, "params": quantizer.apply(end.params, end.state)}
     return Pruned(sparse, masks)
@@ -87,26 +73,42 @@ def focus(
     parts: Protocol, start: Pruned, bits: int, *, epochs: float, rate: float, seed: int
 ) -> Focused:
     """Trains quantized weights; the components are fitted anew after 1, 2, 4, ... epochs."""
-    total = _steps(parts, epochs)
     quantizer = qj.chain(
         qj.pruned(start.masks),
         qj.focused(bits, refit_every=_steps(parts, 1)),
     )
+    name = f"focused, {epochs:g} epochs at {rate:g}"  # one program for all widths
+    end = fit(parts, name, quantizer, start.variables, epochs=epochs, rate=rate, seed=seed)
+    variables = {name: end.variables[name] for name in start.variables}
+    return Focused(variables, quantizer, end.state)
+
+
+def fit(
+    parts: Protocol,
+    name: str,
+    quantizer: qj.Quantizer,
+    variables: Mapping,
+    *,
+    epochs: float,
+    rate: float,
+    seed: int,
+) -> engine.TrainState:
+    """Trains with a quantizer; the rate falls to zero along a cosine.
+
+    Quantizers of one name must differ in their states alone: they share a program.
+    """
+    total = _steps(parts, epochs)
     method = engine.Method(optimizer(optax.cosine_decay_schedule(rate, total)), quantizer)
-    end = engine.fit(
+    return engine.fit(
         parts.task,
         method,
-        start.variables,
+        variables,
         total,
         batch_size=parts.batch_size,
         seed=seed,
-        steps=engine.shared_steps(
-            parts.compiled, f"focused, {epochs:g} epochs at {rate:g}", parts.task, method
-        ),
-        label=f"focused, {bits} bits",
+        steps=engine.shared_steps(parts.compiled, name, parts.task, method),
+        label=name,
     )
-    variables = {name: end.variables[name] for name in start.variables}
-    return Focused(variables, quantizer, end.state)
 
 
 def measured(parts: Protocol, result: Focused) -> dict:

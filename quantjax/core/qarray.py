@@ -256,6 +256,20 @@ def grid_codes(symbols, levels: int, bits: int):
     return (symbols.astype(np.int32) - levels // 2).astype(code_dtype(bits))
 
 
+def kept_first(leaf: MultiBit):
+    """Returns basis, coords and mask of a MultiBit, NumPy, kept slots first in every group.
+
+    Slots that no group keeps are left out, but for one. Sums stay the same: the order is stable.
+    """
+    mask = np.asarray(leaf.mask)
+    slots = max(1, int(mask.sum(axis=-1).max(initial=0)))
+    order = np.argsort(~mask, axis=-1, kind="stable")[..., :slots]
+    basis = np.asarray(leaf.basis)
+    of_weights = np.broadcast_to(order, (*basis.shape[:-1], slots))
+    coords, mask = (np.take_along_axis(np.asarray(a), order, -1) for a in (leaf.coords, mask))
+    return np.take_along_axis(basis, of_weights, axis=-1), coords, mask
+
+
 def _bits_of(array) -> int:
     return array.size * array.dtype.itemsize * 8
 

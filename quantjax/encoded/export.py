@@ -197,7 +197,7 @@ def _held_codes(leaf) -> _Held:
 
 def _held_bases(leaf) -> _Held:
     """Slot by slot the bases of the groups that keep it: pruned ones take no room."""
-    basis, coords, mask = leaves_lib.kept_first(leaf)
+    basis, coords, mask = qarray.kept_first(leaf)
     view, group = basis.shape[:-1], mask.shape[:-1]
     # Groups first, then the weights of a group.
     order = sorted(range(len(view)), key=lambda axis: group[axis] == 1)
@@ -205,9 +205,8 @@ def _held_bases(leaf) -> _Held:
     size = math.prod(view) // max(1, groups)
     basis = basis.transpose(*order, len(view)).reshape(groups, size, -1)
     mask, coords = mask.reshape(groups, -1), coords.reshape(groups, -1)
-    counts = mask.sum(axis=-1)
-    slots = max(1, int(counts.max(initial=0)))
-    kept = [int(n) for n in mask.sum(axis=0)[:slots]]
+    counts, slots = mask.sum(axis=-1), mask.shape[-1]
+    kept = [int(n) for n in mask.sum(axis=0)]
     bits = [(basis[mask[:, k], :, k] > 0).ravel() for k in range(slots)]
     values = np.concatenate([coords[mask[:, k], k] for k in range(slots)])
     streams = packing.pack(counts, slots + 1), packing.pack(np.concatenate(bits), 2)

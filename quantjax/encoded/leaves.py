@@ -82,16 +82,6 @@ def declared_bytes(stored: Stored) -> int:
     return 4 * math.prod(_shape(stored.row, shape) if shape else stored.data.shape)
 
 
-def kept_first(leaf):
-    """Returns basis, coords and mask of a MultiBit, NumPy, kept slots first in every group."""
-    basis, coords = np.asarray(leaf.basis), np.asarray(leaf.coords)
-    # A stable order: what is kept moves to the front of its group, and sums stay the same.
-    order = np.argsort(~np.asarray(leaf.mask), axis=-1, kind="stable")
-    kept = np.take_along_axis(np.asarray(leaf.mask), order, axis=-1)
-    coords = np.take_along_axis(coords, order, axis=-1)
-    return np.take_along_axis(basis, np.broadcast_to(order, basis.shape), axis=-1), coords, kept
-
-
 def _store_codes(leaf, coding):
     levels = qarray.alphabet(leaf)
     grid = isinstance(leaf, qarray.Grid)
@@ -125,12 +115,12 @@ def _read_table(row, data):
 
 
 def _store_bases(leaf, coding):
-    basis, coords, kept = kept_first(leaf)
+    basis, coords, kept = qarray.kept_first(leaf)
     bits = (basis[np.broadcast_to(kept, basis.shape)] > 0).astype(np.uint8)
     counts = kept.sum(axis=-1).ravel()
     most = int(counts.max(initial=0))
     row = {"kind": "multibit", "view": list(basis.shape[:-1]), "group": list(kept.shape[:-1])}
-    row |= {"slots": kept.shape[-1], "most": most, "kept": int(counts.sum())}
+    row |= {"slots": leaf.mask.shape[-1], "most": most, "kept": int(counts.sum())}
     if leaf.blocks > 1:
         row |= {"blocks": leaf.blocks, "axis": leaf.axis}
     row |= _dtypes(leaf.dtype, coords.dtype)

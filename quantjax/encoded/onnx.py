@@ -88,10 +88,9 @@ class _Leaf:
         return self._node("Gather", [levels, index], f"{name}.level")
 
     def _bases(self, name, leaf):
-        basis, coords, mask = leaves_lib.kept_first(leaf)
-        slots = max(1, int(mask.sum(axis=-1).max(initial=0)))
+        basis, coords, mask = qarray.kept_first(leaf)
         parts = []
-        for k in range(slots):
+        for k in range(mask.shape[-1]):
             codes = self._codes(f"{name}.basis{k}", basis[..., k], 2, signed=True)
             kept = np.where(mask[..., k], coords[..., k], 0)
             parts.append(self._scaled(f"{name}.slot{k}", codes, kept.astype(coords.dtype)))

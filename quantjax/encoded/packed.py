@@ -215,12 +215,10 @@ def _pack(leaf):
 
 def _pack_bases(leaf):
     xp = leaf.basis.__array_namespace__()
-    basis, coords = leaf.basis, xp.where(leaf.mask, leaf.coords, 0)
-    if xp is np:
-        order = np.argsort(~leaf.mask, axis=-1, kind="stable")[..., : _slots(leaf.mask)]
-        coords = np.take_along_axis(coords, order, axis=-1)
-        wide = np.broadcast_to(order, (*basis.shape[:-1], order.shape[-1]))
-        basis = np.take_along_axis(basis, wide, axis=-1)
+    basis, coords, mask = (
+        qarray.kept_first(leaf) if xp is np else (leaf.basis, leaf.coords, leaf.mask)
+    )
+    coords = xp.where(mask, coords, 0)
     vector = basis.ndim == 2
     bits = xp.moveaxis((basis > 0).astype(np.uint8), -1, -2 if vector else -3)
     bits = bits[..., None] if vector else bits
@@ -235,10 +233,6 @@ def _pack_bases(leaf):
         blocks=leaf.blocks,
         axis=leaf.axis,
     )
-
-
-def _slots(mask) -> int:
-    return max(1, int(mask.sum(axis=-1).max(initial=0)))
 
 
 def _words(symbols, levels):

@@ -36,6 +36,34 @@ class File(NamedTuple):
     leaves: dict[str, Stored]  # by path
     empty: tuple[str, ...]  # paths of dicts that hold nothing
     nbytes: int  # of the whole file
+    path: Path
+
+    def decoded(self) -> dict:
+        """Returns {path: leaf}; raises ValueError, with the leaf's name, where one is damaged."""
+        declared, leaves = 0, {}
+        for read in (False, True):  # what is declared is added up before memory is taken for any
+            for name, stored in self.leaves.items():
+                try:
+                    declared += 0 if read else leaves_lib.declared_bytes(stored)
+                    if declared > memory():
+                        raise ValueError(
+                            f"with it {declared} bytes are declared, beyond all memory"
+                        )
+                    if read:
+                        leaves[name] = leaves_lib.restore(stored)
+                except (ValueError, OverflowError, MemoryError) as error:
+                    raise ValueError(f"{self.path}: {name} is damaged: {error}") from None
+        return leaves
+
+    def tree(self, leaves: dict, like=None):
+        """Returns decoded leaves as nested dicts, or in the structure of `like`, as `load` has it.
+
+        Raises:
+          ValueError: other paths or shapes than `like`.
+        """
+        if like is not None:
+            return _like(like, leaves, self.path)
+        return _nested(leaves, self.empty, self.path)
 
 
 def save(path, tree, *, metadata: dict | None = None, coding="smallest", floats=None) -> None:
@@ -94,18 +122,7 @@ def load(path, like=None):
         than `like`; the file and, where known, the leaf are named.
     """
     found = inspect(path)
-    declared, tree = 0, {}
-    for decode in (False, True):  # what is declared is added up before memory is taken for any
-        for name, stored in found.leaves.items():
-            try:
-                declared += 0 if decode else leaves_lib.declared_bytes(stored)
-                if declared > memory():
-                    raise ValueError(f"with it {declared} bytes are declared, beyond all memory")
-                if decode:
-                    tree[name] = leaves_lib.restore(stored)
-            except (ValueError, OverflowError, MemoryError) as error:
-                raise ValueError(f"{path}: {name} is damaged: {error}") from None
-    return _like(like, tree, path) if like is not None else _nested(tree, found.empty, path)
+    return found.tree(found.decoded(), like)
 
 
 def inspect(path) -> File:
@@ -131,7 +148,7 @@ def inspect(path) -> File:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
     stored = {name: Stored(rows.get(name, {}), tensor) for name, tensor in sorted(tensors.items())}
-    return File(version, metadata, stored, tuple(empty), len(data))
+    return File(version, metadata, stored, tuple(empty), len(data), Path(path))
 
 
 def memory() -> int:
@@ -295,7 +312,9 @@ def _nested(flat, empty, path):
 
 
 def _like(like, flat, path):
-    pairs, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf=qarray.is_encoded)
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(
+        like, is_leaf=lambda leaf: qarray.is_encoded(leaf) or is_packed(leaf)
+    )
     expected = {_name(key_path): leaf for key_path, leaf in pairs}
     wrong = {
         "lacks": sorted(set(expected) - set(flat)),

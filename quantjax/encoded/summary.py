@@ -117,14 +117,13 @@ def summary(encoded, params=None, inputs=None, *, coding: str = "smallest") -> S
     return Summary(tuple(rows), notes)
 
 
-def of_file(path) -> Summary:
-    """Returns the rows of a file that `save` has written, with the bytes that its leaves take.
+def of_file(found: storage.File, leaves: dict) -> Summary:
+    """Returns the rows of a file, with the bytes that its leaves take there.
 
-    Raises:
-      As `load`.
+    Args:
+      found: what `inspect` gives.
+      leaves: `found.decoded()`.
     """
-    leaves, _ = storage.flatten(storage.load(path))
-    found = storage.inspect(path)
     rows = tuple(_row(name, leaf, found.leaves[name]) for name, leaf in leaves.items())
     header = found.nbytes - sum(row.nbytes for row in rows)
     notes = (

@@ -39,16 +39,14 @@ def inspect(path: Path, folder: Path | None = None, tell=None):
       As `qj.load`.
     """
     tell = Console().print if tell is None else tell
-    tell(summary.of_file(path))
-    for name, value in storage.inspect(path).metadata.items():
+    found = storage.inspect(path)
+    leaves = found.decoded()
+    tell(summary.of_file(found, leaves))
+    for name, value in found.metadata.items():
         tell(f"{name}: {value}", markup=False, highlight=False)
     if folder is None:
         return
-    leaves = {
-        name: leaf
-        for name, leaf in storage.flatten(storage.load(path))[0].items()
-        if qarray.is_encoded(leaf)
-    }
+    leaves = {name: leaf for name, leaf in leaves.items() if qarray.is_encoded(leaf)}
     if not leaves:
         raise ValueError(f"{path}: no encoded leaves to draw")
     folder.mkdir(parents=True, exist_ok=True)
@@ -161,8 +159,9 @@ def _run_onnx(program, x):
 
 def _network(path, dataset, model, data_dir):
     """Returns the task, the encoded variables and the input quantizer of a saved network."""
+    found = storage.inspect(path)
     told = {"dataset": dataset, "model": model}
-    told = storage.inspect(path).metadata | {k: v for k, v in told.items() if v is not None}
+    told = found.metadata | {k: v for k, v in told.items() if v is not None}
     for name in ("dataset", "model"):
         if not isinstance(told.get(name), str):
             raise ValueError(f"{path} names no {name}: give --{name}")
@@ -170,10 +169,10 @@ def _network(path, dataset, model, data_dir):
     for name in {"mean", "std"} & told.keys():
         loaded = loaded._replace(**{name: tuple(told[name])})
     task = engine.Task(models.build(told["model"], loaded.classes), loaded)
-    tree = storage.load(path)
+    leaves = found.decoded()
     # Collections of input quantizers are the file's own; the others must be the model's.
-    like = {**tree, **jax.eval_shape(lambda: task.init(0))}
-    return task, storage.load(path, like=like), _inputs(told)
+    like = {**found.tree(leaves), **jax.eval_shape(lambda: task.init(0))}
+    return task, found.tree(leaves, like), _inputs(told)
 
 
 def _inputs(told) -> InputQuantizer | dict | None:

@@ -195,9 +195,7 @@ def _command(name: str, context: Context) -> str:
 
 
 def _write(path: Path, record: dict[str, Any]):
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(path)
+    storage.replace(path, f"{json.dumps(record, indent=1)}\n".encode())
 
 
 def benchmark(name: str, numbers: dict, write: bool):

@@ -17,6 +17,7 @@ from jax import lax
 from quantjax import inputs
 from quantjax.core import passes
 from quantjax.core.quantizer import InputQuantizer, QuantState, at
+from quantjax.nnx.derived import derived
 
 LAYERS = (nnx.Conv, nnx.ConvTranspose, nnx.Linear, nnx.LinearGeneral)
 
@@ -260,17 +261,4 @@ def _counting_passes(cls: type) -> type:
         with _one_pass(self):
             return cls.__call__(self, *args, **kwargs)
 
-    def reduce_ex(self, protocol):
-        _, _, *rest = super(made, self).__reduce_ex__(protocol)
-        return _unpickled, (cls,), *rest
-
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    if "__call__" in dir(cls):
-        names["__call__"] = functools.wraps(cls.__call__)(call)
-    made = type(cls.__name__, (cls,), {**names, "__reduce_ex__": reduce_ex})
-    return made
-
-
-def _unpickled(cls: type):
-    made = _counting_passes(cls)
-    return made.__new__(made)
+    return derived(cls, _counting_passes, call if "__call__" in dir(cls) else None)

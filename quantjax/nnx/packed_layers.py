@@ -14,6 +14,7 @@ from jax import lax
 
 from quantjax.core import paths, qarray
 from quantjax.encoded import packed as packed_lib
+from quantjax.nnx.derived import derived
 
 
 class PackedKernel(nnx.Variable):
@@ -98,16 +99,4 @@ def _multiplying(cls: type) -> type:
         y = packed_lib.product(x, kernel).astype(x.dtype)
         return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
-    def reduce_ex(self, protocol):
-        _, _, *rest = super(made, self).__reduce_ex__(protocol)
-        return _unpickled, (cls,), *rest
-
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    names |= {"__call__": functools.wraps(cls.__call__)(call), "__reduce_ex__": reduce_ex}
-    made = type(cls.__name__, (cls,), names)
-    return made
-
-
-def _unpickled(cls: type):
-    made = _multiplying(cls)
-    return made.__new__(made)
+    return derived(cls, _multiplying, call)

@@ -6,16 +6,10 @@ import pytest
 
 import quantjax as qj
 from quantjax.encoded import storage
-from quantjax.lab import artifacts, data, models
+from quantjax.lab import artifacts
 from quantjax.lab.cli import main
-from quantjax.lab.train import engine
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
-@pytest.fixture(scope="module")
-def task():
-    return engine.Task(models.build("small-cnn", 10), data.load("digits"))
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +25,8 @@ def network(task, tmp_path_factory):
     told = {"model": "small-cnn", "dataset": "digits", "inputs": repr(inputs)}
     qj.save(path, {**variables, "params": encoded}, metadata=told)
     logits = jax.jit(lambda v, x: apply(v, x))(
-        {**variables, "params": qj.decode(encoded)}, task.inputs(task.dataset.test.images)
+        {**variables, "params": qj.decode(encoded)},
+        task.inputs(task.dataset.test.images),
     )
     return path, 100 * np.mean(np.argmax(logits, axis=1) == task.dataset.test.labels)
 

@@ -8,16 +8,9 @@ import numpy as np
 import pytest
 
 import quantjax as qj
-from quantjax.lab import data, models
 from quantjax.lab.cli import main
-from quantjax.lab.train import engine
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
-@pytest.fixture(scope="module")
-def task():
-    return engine.Task(models.build("small-cnn", 10), data.load("digits"))
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,12 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 
+from quantjax.encoded import storage
 from quantjax.lab.report import page, plots
 from quantjax.lab.report.rows import NUMBERS, Result, plain
 
@@ -51,7 +51,7 @@ def write(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        _replace(folder / name, content)
+        storage.replace(folder / name, content)
     return folder / "report.html"
 
 
@@ -59,7 +59,7 @@ def write_network(folder: Path, result: Result) -> Path:
     """Writes the file of a row's network, `networks/METHOD-BITS.safetensors`; returns its path."""
     path = Path(folder) / "networks" / f"{result.method}-{result.bits:.3g}bits.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, result.file)
+    storage.replace(path, result.file)
     return path
 
 
@@ -90,12 +90,3 @@ def _csv(results):
         values = plain(result[: len(NUMBERS)])
         writer.writerow("" if value is None else value for value in values)
     return out.getvalue()
-
-
-def _replace(path, content):
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
