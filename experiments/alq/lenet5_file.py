@@ -18,7 +18,7 @@ from quantjax.core import qarray
 from quantjax.lab import recipes
 
 TITLE = "ALQ on MNIST: LeNet-5 20-50-500 as a file"
-ROUNDS = ((0.5, 0.5, 0.5), (0.5, 1, 0.5), (0.66, 5.5, 1))  # as in `mnist`: 9.75 epochs in all
+ROUNDS = ((0.5, 0.5, 0.5), (0.5, 1, 0.5), (0.75, 5.5, 1))  # as in `mnist`: 9.75 epochs in all
 
 
 def run(context):

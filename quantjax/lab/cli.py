@@ -1,13 +1,32 @@
-"""The command `quantjax`: compare, run, results, inspect, evaluate, export."""
+"""The command `quantjax`: list, compare, run, results, inspect, evaluate, export."""
 
 import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
+from quantjax.lab import interrupts
+
+
+def command():
+    """The console script: `main` as a process of its own, which Ctrl-C ends within seconds."""
+    interrupts.watch()
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's is inherited, and no window is opened here
+    status = main()
+    if status == interrupts.STATUS:
+        interrupts.leave()
+    sys.exit(status)
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit status; bad input gives one line, not a trace."""
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:
+        return interrupts.STATUS
+
+
+def _main(arguments) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         import tyro
@@ -15,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("quantjax: the command line needs the extra: pip install 'quantjax[lab]'")
         return 2
     from quantjax.encoded.export import PLATFORMS
-    from quantjax.lab import artifacts, recipes
+    from quantjax.lab import artifacts, listing, recipes
     from quantjax.lab.compare import Settings, compare
     from quantjax.lab.report import records
 
@@ -24,27 +43,39 @@ def main(arguments: list[str] | None = None) -> int:
     def run(
         experiment: Annotated[str, positional],
         context: Annotated[recipes.Context, tyro.conf.arg(name="")] = recipes.Context(),  # noqa: B008
-        out: Path | None = None,
+        out: Path = Path("quantjax-results"),
+        record: bool = False,
     ):
         """Runs a recipe of experiments/ and writes its record.
 
         Args:
-          experiment: name of a file in experiments/, or a path.
-          out: folder of the record; experiments/results if not given.
+          experiment: name of a recipe, see `quantjax list`, or a path.
+          out: folder of the record.
+          record: write it where the repository keeps its own, into experiments/results.
         """
-        print(f"record: {recipes.run(experiment, context, out)}")
+        folder = recipes.FOLDER / "results" if record else out
+        print(f"record: {recipes.run(experiment, context, folder)}")
 
     def comparison(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings()):  # noqa: B008
         """Puts methods side by side on the same data and writes a report."""
         compare(settings)
 
-    def table(write: Path | None = None):
+    def listed(data_dir: Path | None = None):
+        """Lists methods, models, data sets and recipes, each with a line.
+
+        Args:
+          data_dir: where prepared TFDS sets lie.
+        """
+        listing.show(data_dir)
+
+    def table(write: Path | None = None, folder: Path | None = None):
         """Prints the table of recorded results.
 
         Args:
           write: a Markdown file whose results section is replaced.
+          folder: of the records; experiments/results if not given.
         """
-        records.show(write)
+        records.show(write, recipes.FOLDER / "results" if folder is None else folder)
 
     def inspect(file: Annotated[Path, positional], plots: Path | None = None):
         """Prints what a saved network holds: leaves, sizes, coders, digests, metadata.
@@ -101,17 +132,16 @@ def main(arguments: list[str] | None = None) -> int:
             pixels=pixels,
         )
 
-    commands = {"compare": comparison, "run": run, "results": table}
+    commands = {"list": listed, "compare": comparison, "run": run, "results": table}
     commands |= {"inspect": inspect, "evaluate": evaluate, "export": export}
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands,
             prog="quantjax",
-            description="Neural networks of four bits and less.",
+            description="Neural networks of four bits and less. `quantjax list` shows what there "
+            "is: methods, models, data sets, recipes.",
             args=arguments,
         )
-    except KeyboardInterrupt:
-        return 130
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"quantjax: {error}", file=sys.stderr)
         return 2

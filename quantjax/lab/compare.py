@@ -10,12 +10,20 @@ import jax
 from rich.console import Console
 
 from quantjax.encoded import storage
-from quantjax.lab import data, methods, models
+from quantjax.lab import data, interrupts, methods, models
 from quantjax.lab.deploy import deploy
 from quantjax.lab.recipes import check_writable, versions
-from quantjax.lab.report import files
+from quantjax.lab.report import files, plots
 from quantjax.lab.report.rows import Result, table
 from quantjax.lab.train import engine, phases
+
+QUICK = {
+    "methods": methods.QUICK,
+    "model": "small-cnn",
+    "epochs": 4,
+    "batch_size": 32,
+    "limit": 2000,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +33,9 @@ class Settings:
     dataset: str = "digits"
     """digits, a TFDS image classification set, or a directory of .npy/.npz arrays."""
     model: str | None = None
-    """small-cnn, lenet5, lenet5-wide, resnet20/32/56, vgg7, vgg16-bn; by data set if not given."""
+    """A network, see `quantjax list`; by data set, or if --quick a small one, if not given."""
     methods: tuple[str, ...] | None = None
-    """Rows of the table; all usual ones, or if --quick those that compile soon, if not given."""
+    """Rows of the table, see `quantjax list`; the usual ones, or if --quick four, if not given."""
     bits: tuple[int, ...] | None = None
     """Bit-widths, one row per method and width that it has; 2, or what is usual, if not given."""
     epochs: int | None = None
@@ -40,26 +48,33 @@ class Settings:
     """The folder of the report."""
     data_dir: Path | None = None
     """Where prepared TFDS sets lie."""
+    limit: int | None = None
+    """At most so many training images and test images, drawn by a fixed seed."""
     quick: bool = False
-    """A few epochs, to see that all works."""
+    """A few epochs of a small network on 2,000 images, to see that all works: two minutes."""
 
 
 def resolve(settings: Settings) -> Settings:
     """Fills in the defaults that depend on the data set and checks all names and numbers.
 
     Raises:
-      ValueError: unknown method or model, width outside 1..16, counts below 1; OSError: the
-        report's folder cannot be written. All of it before anything is loaded or trained.
+      ValueError: unknown method or model, width outside 1..16, counts below 1, nothing to draw
+        with; OSError: the report's folder cannot be written. All of it before anything is loaded
+        or trained.
     """
     small = settings.dataset == "digits"
-    quick = settings.quick
-    usual = methods.QUICK if quick else methods.DEFAULT
+    usual = {
+        "methods": methods.DEFAULT,
+        "model": models.DEFAULTS.get(settings.dataset),  # None: by image size
+        "epochs": 20 if small else 5,
+        "batch_size": 32 if small else 128,
+        "limit": None,
+    }
+    if settings.quick:
+        usual |= QUICK
+    given = {name: getattr(settings, name) for name in usual}
     filled = dataclasses.replace(
-        settings,
-        methods=usual if settings.methods is None else settings.methods,
-        model=settings.model or models.DEFAULTS.get(settings.dataset),  # None: by image size
-        epochs=(4 if quick else 20 if small else 5) if settings.epochs is None else settings.epochs,
-        batch_size=(32 if small else 128) if settings.batch_size is None else settings.batch_size,
+        settings, **{name: usual[name] if v is None else v for name, v in given.items()}
     )
     found = {name: methods.find(name).chosen(filled.bits) for name in filled.methods}
     for name, widths in found.items():
@@ -67,11 +82,13 @@ def resolve(settings: Settings) -> Settings:
             methods.find(name).plan(bits, 10)  # checks the width
     if filled.bits == () or not any(found.values()):
         raise ValueError("nothing to compare: give at least one method and one width")
-    for name in ("epochs", "batch_size"):
-        if getattr(filled, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(filled, name)}")
+    for name in ("epochs", "batch_size", "limit"):
+        count = getattr(filled, name)
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
     if filled.model is not None:
         models.build(filled.model, 10)
+    plots.check()
     check_writable(filled.out)
     return filled
 
@@ -79,29 +96,25 @@ def resolve(settings: Settings) -> Settings:
 def compare(settings: Settings) -> list[Result]:
     """Runs the comparison, prints its table and writes its report; returns the rows.
 
-    An interrupted comparison leaves the rows it finished in the report.
+    The report is written after every row: an interrupted comparison leaves those it finished.
     """
     settings = resolve(settings)
     console = Console()
     described = describe(settings)
     results = []
-    complete = False
     try:
         for result in rows(settings, tell=console.print):
             results.append(result)
             files.write_network(settings.out, result)
+            page = files.write(settings.out, described, results, complete=False)
+            interrupts.tell(f"{page} holds the finished rows, {len(results)} so far")
             console.print(
                 f"[dim]{result.title}, {result.bits:g} bits: "
                 f"{result.quantized:.2f} percent in {result.seconds:.0f} s[/]"
             )
-            files.write(settings.out, described, results, complete=False)
-        complete = True
-    except KeyboardInterrupt:
-        console.print("interrupted: the report holds the finished rows")
-        raise
+        files.write(settings.out, described, results)
     finally:
         if results:
-            page = files.write(settings.out, described, results, complete=complete)
             console.print(table(results))
             console.print(f"report: {page}")
     return results
@@ -121,7 +134,7 @@ def describe(settings: Settings) -> dict:
 
 def rows(settings: Settings, tell: Callable = print) -> Iterator[Result]:
     """Yields full precision first, then a row per method and width; tells of those that diverge."""
-    dataset = data.load(settings.dataset, settings.data_dir)
+    dataset = data.limited(data.load(settings.dataset, settings.data_dir), settings.limit)
     shape = dataset.train.images.shape[1:]
     name = settings.model or models.default_model(settings.dataset, shape)
     task = engine.Task(models.build(name, dataset.classes), dataset, augment=shape[0] >= 32)

@@ -1,5 +1,6 @@
 """Recipes: short files in `experiments/`, a folder per paper, and the records they leave."""
 
+import ast
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -18,9 +19,16 @@ import jax
 
 from quantjax.core import qarray
 from quantjax.encoded import storage
+from quantjax.lab import data, interrupts, recipe_version
 from quantjax.lab.names import nearest_name_error
 
-FOLDER = Path(__file__).parents[2] / "experiments"
+CHECKOUT = Path(__file__).parents[2] / "experiments"
+# An installed wheel has no recipes of its own: those of a checkout that one stands in.
+FOLDER = CHECKOUT if CHECKOUT.is_dir() else Path.cwd() / "experiments"
+WHERE = (
+    "recipes lie in the folder experiments/ of quantjax's repository, which an installed wheel "
+    "lacks: run this in a clone of it, or give the path of a recipe"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +45,12 @@ class Context:
     """Where prepared TFDS sets lie."""
     init: Path | None = None
     """A torch state dict (.npz, .safetensors) to start from, where a recipe takes one."""
+    limit: int | None = None
+    """At most so many training images and test images, drawn by a fixed seed."""
+
+    def load(self, dataset: str) -> data.Dataset:
+        """Returns a data set, at most `limit` images of each split; see `data.load`."""
+        return data.limited(data.load(dataset, self.data_dir), self.limit)
 
     def steps(self, epochs: float, per_epoch: int) -> int:
         """Returns the scaled number of steps, at least 1."""
@@ -71,6 +85,8 @@ def find(name: str, folder: Path = FOLDER) -> Path:
     if path.suffix == ".py" and path.is_file():
         return path
     known = known_recipes(folder)
+    if not known:
+        raise ValueError(f"unknown experiment {name!r}: {WHERE}")
     if name not in known:
         raise nearest_name_error("experiment", name, known)
     return known[name]
@@ -78,13 +94,21 @@ def find(name: str, folder: Path = FOLDER) -> Path:
 
 def known_recipes(folder: Path = FOLDER) -> dict[str, Path]:
     """Returns {name: file}: `psg/table_a1.py` is `psg_table_a1`; no TITLE, no recipe."""
-    files = [file for file in folder.glob("*/*.py") if "\nTITLE = " in file.read_text()]
+    files = [file for file in folder.glob("*/*.py") if title(file) is not None]
     return {f"{file.parent.name}_{file.stem}": file for file in sorted(files)}
 
 
 def name_of(path: Path, folder: Path = FOLDER) -> str:
     """Returns the name of a recipe's file; that of a file elsewhere is its stem."""
     return next((name for name, file in known_recipes(folder).items() if file == path), path.stem)
+
+
+def title(path: Path) -> str | None:
+    """Returns the TITLE of a recipe's file, which is not run; None where it has none."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "TITLE":
+            return ast.literal_eval(node.value)
+    return None
 
 
 def load(path: Path) -> ModuleType:
@@ -100,17 +124,21 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def run(name: str, context: Context, out: Path | None = None) -> Path:
-    """Runs a recipe and returns its record, which is written anew after every row.
+def run(name: str, context: Context, folder: Path) -> Path:
+    """Runs a recipe and returns its record in `folder`, which is written anew after every row.
 
     Raises:
-      ValueError: unknown recipe, scale not positive; OSError: the record cannot be written.
+      ValueError: unknown recipe, scale or limit not positive, no seed; OSError: the record cannot
+        be written.
     """
     if not context.scale > 0:
         raise ValueError(f"scale must be positive, got {context.scale}")
+    if not context.seeds:
+        raise ValueError("seeds must name at least one seed")
+    if context.limit is not None and context.limit < 1:
+        raise ValueError(f"limit must be at least 1, got {context.limit}")
     source = find(name)
     recipe = load(source)
-    folder = out or FOLDER / "results"
     check_writable(folder)
     name = name_of(source)
     target = folder / f"{name}{_suffix(context)}.json"
@@ -122,6 +150,7 @@ def run(name: str, context: Context, out: Path | None = None) -> Path:
         "scale": context.scale,
         "device": jax.devices()[0].device_kind,
         "versions": versions(),
+        "recipe": recipe_version.digest(source),
         "complete": False,
         "rows": [],
     }
@@ -130,6 +159,7 @@ def run(name: str, context: Context, out: Path | None = None) -> Path:
         record["rows"].append(row)
         record["seconds"] = round(time.monotonic() - began, 1)
         _write(target, record)
+        interrupts.tell(f"{target} holds {len(record['rows'])} finished rows")
         print(json.dumps(row), file=sys.stderr, flush=True)
     record["complete"] = True
     _write(target, record)
@@ -175,8 +205,12 @@ def versions() -> dict[str, str]:
 
 
 def _suffix(context: Context) -> str:
-    bits = "" if context.bits is None else "-b" + "".join(map(str, context.bits))
-    return bits + ("" if context.scale == 1 else f"-scale{context.scale:g}")
+    """Returns what tells records apart: everything that was not left as it is by default."""
+    told = "" if context.bits is None else "-b" + "".join(map(str, context.bits))
+    told += "" if context.seeds == (0,) else "-s" + "-".join(map(str, context.seeds))
+    told += "" if context.scale == 1 else f"-scale{context.scale:g}"
+    told += "" if context.limit is None else f"-limit{context.limit}"
+    return told + ("" if context.init is None else f"-{context.init.stem}")
 
 
 def _command(name: str, context: Context) -> str:
@@ -191,6 +225,8 @@ def _command(name: str, context: Context) -> str:
         words.append("--data-dir DATA_DIR")
     if context.init is not None:
         words.append(f"--init {context.init.name}")
+    if context.limit is not None:
+        words.append(f"--limit {context.limit}")
     return " ".join(words)
 
 

@@ -1,11 +1,11 @@
 """README's table of LeNet-5 as whole files is the records'."""
 
-import json
 import re
 
 import pytest
 
 from quantjax.lab import recipes
+from quantjax.lab.report import records
 
 README = (recipes.FOLDER.parent / "README.md").read_text()
 LINES = re.findall(
@@ -16,11 +16,11 @@ LARGEST = {"alq_lenet5_file": 24, "fq_lenet5_file": 11}  # KB, as is claimed
 
 @pytest.mark.parametrize(("name", "row", "size", "accuracy"), LINES)
 def test_line_is_the_record(name, row, size, accuracy):
-    record = json.loads((recipes.FOLDER / "results" / f"{name}.json").read_text())
     told = {
         (mine["row"], f"{mine['file KB']:.1f}", f"{mine['low precision']:.2f}")
+        for record in records.load(recipes.FOLDER / "results")
         for mine in record["rows"]
-        if "file KB" in mine
+        if record["experiment"] == name and "file KB" in mine
     }
     assert (row, size, accuracy) in told
     assert float(accuracy) >= 99

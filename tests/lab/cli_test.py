@@ -18,10 +18,11 @@ compare = importlib.import_module("quantjax.lab.compare")
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([], ["compare", "run", "results"]),
+        ([], ["compare", "run", "results", "quantjax list"]),
         (["compare"], ["--methods", "--bits", "--epochs", "--out", "--quick", "report"]),
-        (["run"], ["name of a file in experiments", "--scale", "--seeds", "--bits", "--data-dir"]),
-        (["results"], ["--write", "table"]),
+        (["run"], ["name of a recipe", "--scale", "--seeds", "--limit", "--record", "--data-dir"]),
+        (["results"], ["--write", "table", "--folder"]),
+        (["list"], ["methods, models, data sets and recipes", "--data-dir"]),
     ],
 )
 def test_help(arguments, told, capsys):
@@ -56,6 +57,10 @@ def test_arguments_that_are_no_arguments(arguments, capsys):
         (["run", "psg_mnst"], "unknown experiment 'psg_mnst'; did you mean 'psg_mnist'"),
         (["run", "recipe.py", "--scale", "0"], "scale must be positive, got 0"),
         (["run", "recipe.py", "--bits", "7"], "bits (7,): this recipe has (4, 2)"),
+        (["run", "recipe.py", "--limit", "0"], "limit must be at least 1, got 0"),
+        (["run", "recipe.py", "--seeds"], "seeds must name at least one seed"),
+        (["compare", "--methods"], "nothing to compare: give at least one method"),
+        (["results", "--folder", "absent"], "no records in absent"),
         (["run", "recipe.py", "--out", "file"], "file"),
         (["run", "other.py"], "other.py is no recipe: it lacks run"),
     ],
@@ -87,9 +92,23 @@ def test_run_tells_where_the_record_is(tmp_path, monkeypatch, capsys):
     Path("recipe.py").write_text(RECIPE)
     words = "run recipe.py --scale 0.5 --seeds 1 2 --bits 2 --out results"
     assert main(words.split()) == 0
-    record = Path("results/recipe-b2-scale0.5.json")
+    record = Path("results/recipe-b2-s1-2-scale0.5.json")
     assert capsys.readouterr().out == f"record: {record}\n"
     assert json.loads(record.read_text())["rows"] == [{"bits": 2, "steps": 50, "seeds": [1, 2]}]
+
+
+def test_records_stay_out_of_the_repository_unless_asked(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipes, "FOLDER", tmp_path / "experiments")
+    Path("recipe.py").write_text(RECIPE)
+    assert main(["run", "recipe.py", "--bits", "2"]) == 0
+    assert Path("quantjax-results/recipe-b2.json").is_file()
+    assert not Path("experiments").exists()
+    assert main(["run", "recipe.py", "--bits", "2", "--record"]) == 0
+    assert Path("experiments/results/recipe-b2.json").is_file()
+    capsys.readouterr()
+    assert main(["results", "--folder", "quantjax-results"]) == 0
+    assert "quantjax run recipe --bits 2" in capsys.readouterr().out
 
 
 def test_compare_is_given_its_settings(tmp_path, monkeypatch):

@@ -9,9 +9,10 @@ import optax
 import pytest
 
 import quantjax as qj
-from quantjax.lab import compare, data, methods, models
+from quantjax.lab import compare, data, interrupts, methods, models
 from quantjax.lab.compare import Settings
-from quantjax.lab.train import engine
+from quantjax.lab.report import plots
+from quantjax.lab.train import engine, phases
 from tests.lab.train import toy_task
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -103,9 +104,8 @@ def test_an_interrupted_comparison_leaves_the_finished_rows(
     monkeypatch.setattr(compare, "rows", stop_after(results[:1], KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         compare.compare(Settings(out=tmp_path))
-    shown = capsys.readouterr().out
-    assert "interrupted: the report holds the finished rows" in shown
-    assert "full precision" in shown
+    assert "full precision" in capsys.readouterr().out
+    assert interrupts._on_disk == f"{tmp_path / 'report.html'} holds the finished rows, 1 so far"
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["complete"] is False
     assert [row["method"] for row in written["results"]] == ["float"]
@@ -172,6 +172,7 @@ def nothing_loaded(monkeypatch):
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"batch_size": -5}, "batch_size must be at least 1, got -5"),
+        ({"limit": 0}, "limit must be at least 1, got 0"),
     ],
 )
 def test_bad_settings_raise_before_anything_is_loaded(tmp_path, nothing_loaded, arguments, message):
@@ -187,13 +188,46 @@ def test_a_folder_that_cannot_be_written_raises_before_anything_is_loaded(tmp_pa
             compare.compare(Settings(out=out))
 
 
+def test_what_cannot_be_drawn_raises_before_anything_is_loaded(
+    tmp_path, nothing_loaded, monkeypatch
+):
+    def fail(*size):
+        raise ValueError("'nonsense' is not a valid backend")
+
+    monkeypatch.setattr(plots, "blank", fail)
+    with pytest.raises(ValueError, match="cannot draw the report: 'nonsense' is not"):
+        compare.compare(Settings(out=tmp_path / "report"))
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_limit_leaves_so_many_images(monkeypatch):
+    seen = []
+
+    class StopError(Exception):
+        pass
+
+    def task(model, dataset, augment):
+        seen.append(dataset)
+        raise StopError
+
+    monkeypatch.setattr(compare.engine, "Task", task)
+    with pytest.raises(StopError):
+        next(compare.rows(compare.resolve(Settings(limit=90))))
+    assert [len(part.labels) for part in (seen[0].train, seen[0].test)] == [90, 90]
+
+
 def test_defaults_by_data_set(tmp_path):
     digits = compare.resolve(Settings(out=tmp_path))
     assert (digits.model, digits.epochs, digits.batch_size) == ("small-cnn", 20, 32)
     mnist = compare.resolve(Settings(dataset="mnist", out=tmp_path))
     assert (mnist.model, mnist.epochs, mnist.batch_size) == ("lenet5", 5, 128)
     assert digits.methods == mnist.methods == methods.DEFAULT
-    assert compare.resolve(Settings(quick=True, out=tmp_path)).methods == methods.QUICK
+    quick = compare.resolve(Settings(dataset="cifar10", quick=True, out=tmp_path))
+    assert (quick.methods, quick.model, quick.epochs) == (methods.QUICK, "small-cnn", 4)
+    assert (quick.batch_size, quick.limit) == (32, 2000)
+    longer = Settings(quick=True, epochs=9, model="lenet5", limit=7, out=tmp_path)
+    longer = compare.resolve(longer)
+    assert (longer.epochs, longer.model, longer.limit) == (9, "lenet5", 7)  # what is given counts
     given = Settings(
         dataset="./arrays", model="lenet5", methods=("psg",), epochs=3, batch_size=7, out=tmp_path
     )
@@ -208,3 +242,28 @@ def test_the_command_is_told_only_where_there_was_one(tmp_path, monkeypatch):
     assert set(told["versions"]) >= {"python", "jax", "quantjax"}
     monkeypatch.setattr("sys.argv", ["pytest", "tests"])
     assert compare.describe(Settings(out=tmp_path))["command"] == ""
+
+
+def test_rows_start_from_the_trained_network_or_from_the_first_weights(tmp_path, monkeypatch):
+    starts = {}
+
+    def run(task, parts, variables, score, **kwargs):
+        (phase,) = parts
+        starts[phase.name] = variables
+        moved = jax.tree.map(lambda leaf: leaf + 1, variables)
+        history = (phases.Point(phase.name, 1, 0.0, 50.0),)
+        return phases.Outcome(moved, qj.QuantState({}, {}), moved, history)
+
+    def plan(bits, total):
+        return methods.Plan(engine.Method(optax.sgd(0.1)), qj.uniform(bits))
+
+    monkeypatch.setattr(compare.phases, "run", run)
+    monkeypatch.setattr(compare.engine, "make_evaluate", lambda task: lambda *_: engine.Score(0, 0))
+    for name, pretrained in (("scratch", False), ("later", True)):
+        monkeypatch.setitem(methods.METHODS, name, methods.Entry(name, plan, pretrained))
+    settings = Settings(methods=("later", "scratch"), bits=(4,), out=tmp_path)
+    assert len(list(compare.rows(compare.resolve(settings)))) == 3
+    first = starts["full precision"]["params"]
+    jax.tree.map(np.testing.assert_array_equal, starts["scratch, 4 bits"]["params"], first)
+    trained = jax.tree.map(lambda leaf: leaf + 1, first)
+    jax.tree.map(np.testing.assert_array_equal, starts["later, 4 bits"]["params"], trained)

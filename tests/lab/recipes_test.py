@@ -4,7 +4,7 @@ import re
 import pytest
 
 from quantjax.encoded import storage
-from quantjax.lab import recipes
+from quantjax.lab import interrupts, recipes
 from quantjax.lab.recipes import Context
 
 TOY = """
@@ -32,7 +32,7 @@ def run(path, out, **context):
 
 def test_the_record_says_what_was_run(toy, tmp_path, capsys):
     record = run(toy, tmp_path / "new" / "results", bits=(2, 4), seeds=(5, 6), scale=0.1)
-    assert record == tmp_path / "new" / "results" / "toy-b24-scale0.1.json"
+    assert record == tmp_path / "new" / "results" / "toy-b24-s5-6-scale0.1.json"
     written = json.loads(record.read_text())
     rows = written["rows"]
     # The recipe's order of widths; 2.5 epochs of 10 steps at a tenth are 2 (rounded to even).
@@ -100,8 +100,17 @@ def test_names_of_records(toy, tmp_path):
     names = [
         run(toy, tmp_path, bits=(4,)).name,
         run(toy, tmp_path, bits=(4,), scale=0.05).name,
+        run(toy, tmp_path, bits=(4,), seeds=(1,)).name,
+        run(toy, tmp_path, bits=(4,), seeds=(0, 1, 12)).name,
+        run(toy, tmp_path, bits=(4,), limit=50, init=tmp_path / "start.npz").name,
     ]
-    assert names == ["toy-b4.json", "toy-b4-scale0.05.json"]
+    assert names == [
+        "toy-b4.json",
+        "toy-b4-scale0.05.json",
+        "toy-b4-s1.json",
+        "toy-b4-s0-1-12.json",
+        "toy-b4-limit50-start.json",
+    ]
 
 
 def test_the_command_holds_no_path_of_this_machine(toy, tmp_path):
@@ -193,3 +202,23 @@ def test_networks_of_rows_are_saved_and_their_size_is_recorded(tmp_path):
     told = storage.inspect(file).metadata
     assert told == {"model": "lenet5", "row": "A, b", "seed": 7, "low precision": 98.5}
     assert storage.load(file)["params"]["kernel"].shape == (3, 4)
+
+
+def test_a_limit_is_told_and_kept(toy, tmp_path):
+    record = run(toy, tmp_path, bits=(4,), limit=50)
+    assert json.loads(record.read_text())["command"].endswith("--bits 4 --limit 50")
+    loaded = Context(limit=50).load("digits")
+    assert [len(part.labels) for part in (loaded.train, loaded.test)] == [50, 50]
+    assert len(Context().load("digits").train.labels) == 1400
+
+
+def test_an_installed_wheel_says_where_recipes_are(tmp_path):
+    with pytest.raises(
+        ValueError, match="unknown experiment 'psg_mnist': recipes lie in the folder"
+    ):
+        recipes.find("psg_mnist", tmp_path)
+
+
+def test_an_interruption_says_what_is_on_disk(toy, tmp_path):
+    path = run(toy, tmp_path, bits=(4,), seeds=(0, 1))
+    assert interrupts._on_disk == f"{path} holds 2 finished rows"

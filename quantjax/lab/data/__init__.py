@@ -1,13 +1,17 @@
 """Data sets in memory, and what a training loop does to a batch."""
 
-from quantjax.lab.data.images import (
-    Dataset,
-    Split,
-    augment,
-    epoch_indices,
-    holdout,
-    load,
-    normalize,
-)
+from quantjax.lab.data.images import augment, load, normalize
+from quantjax.lab.data.prepared import prepared
+from quantjax.lab.data.splits import ARRAYS, Dataset, Split, holdout, limited
 
-__all__ = ["Dataset", "Split", "augment", "epoch_indices", "holdout", "load", "normalize"]
+__all__ = [
+    "ARRAYS",
+    "Dataset",
+    "Split",
+    "augment",
+    "holdout",
+    "limited",
+    "load",
+    "normalize",
+    "prepared",
+]

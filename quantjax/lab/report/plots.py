@@ -24,6 +24,14 @@ MARKERS = "osD^vP<X>"
 MAX_LEVELS = 64  # more lines than that are a grey area, not a grid
 
 
+def check():
+    """Raises ValueError where no picture can be drawn."""
+    try:
+        png(blank(1, 1)[0])
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"matplotlib cannot draw the report: {error}") from None
+
+
 def colors(results: Sequence) -> dict[str, tuple[str, str]]:
     """Returns a colour and a marker for each method; full precision is a star in ink."""
     low = dict.fromkeys(result.method for result in results if result.bits < 32)

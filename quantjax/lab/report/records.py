@@ -5,16 +5,17 @@ from pathlib import Path
 
 import numpy as np
 
-from quantjax.lab.recipes import FOLDER
+from quantjax.lab import recipe_version, recipes
 
 BEGIN, END = "<!-- results: written by `quantjax results --write README.md` -->", "<!-- end -->"
+KEYS = ("experiment", "title", "command", "scale", "device", "versions", "complete", "rows")
 COLUMNS = (
     *("average bits", "full precision", "low precision", "accuracy", "sparse"),
     *("error", "KB", "file KB", "widths", "MSE"),
 )
 
 
-def show(write: Path | None = None, folder: Path = FOLDER / "results"):
+def show(write: Path | None = None, folder: Path = recipes.FOLDER / "results"):
     """Prints the records of a folder as Markdown, or writes them into a file's results section.
 
     Raises:
@@ -32,12 +33,23 @@ def load(folder: Path) -> list[dict]:
     """Returns the records in a folder, sorted by file name.
 
     Raises:
-      FileNotFoundError: there are none.
+      FileNotFoundError: there are none; ValueError: a file is no record.
     """
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    records = [_read(path) for path in sorted(folder.glob("*.json"))]
     if not records:
         raise FileNotFoundError(f"no records in {folder}: run `quantjax run EXPERIMENT` first")
     return records
+
+
+def _read(path: Path) -> dict:
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no record: {error}") from None
+    lacking = [name for name in KEYS if name not in record] if isinstance(record, dict) else KEYS
+    if lacking:
+        raise ValueError(f"{path} is no record: it lacks {', '.join(lacking)}")
+    return record
 
 
 def replaced(page: str, text: str) -> str:
@@ -54,7 +66,7 @@ def replaced(page: str, text: str) -> str:
 
 def markdown(records: list[dict]) -> str:
     """Returns a table per record: mean and deviation over seeds, the paper's numbers below ours."""
-    return "\n\n".join(_section(record) for record in records if "rows" in record)
+    return "\n\n".join(map(_section, records))
 
 
 def _section(record: dict) -> str:
@@ -84,10 +96,21 @@ def _section(record: dict) -> str:
         f"{record.get('seconds', 0) / 60:.0f} min",
     ]
     if record["scale"] != 1:
-        notes.insert(0, f"**every phase shortened to {record['scale']:g} of the paper's**")
+        # Recipes that follow a table are named after it: psg_table_a1, srq_table3.
+        whose = "paper" if "_table" in record["experiment"] else "recipe"
+        notes.insert(0, f"**every phase shortened to {record['scale']:g} of the {whose}'s**")
+    if _is_of_another_version(record):
+        notes.insert(0, "**made by another version of the recipe**")
     if not record["complete"]:
         notes.insert(0, "**interrupted**")
     return f"**{record['title']}**\n{', '.join(notes)}: `{record['command']}`\n\n{table}"
+
+
+def _is_of_another_version(record: dict) -> bool:
+    """True where the recipe is here and does something else; old records do not say."""
+    source = recipes.known_recipes().get(record["experiment"])
+    made_by = record.get("recipe")
+    return None not in (source, made_by) and made_by != recipe_version.digest(source)
 
 
 def _mean(values: list) -> str:

@@ -1,6 +1,9 @@
-"""A progress bar with the time left; silent when the output is not a terminal."""
+"""A progress bar with the time left; a line now and then where there is no terminal."""
 
 import sys
+import time
+
+EVERY = 30.0  # seconds between lines
 
 
 class Progress:
@@ -8,6 +11,8 @@ class Progress:
 
     def __init__(self, label: str, total: int):
         self._bar = None
+        self._label, self._total, self._done, self._loss = label, total, 0, ""
+        self._began = self._told = time.monotonic()
         if sys.stderr.isatty():
             from rich import progress
             from rich.console import Console
@@ -34,10 +39,27 @@ class Progress:
 
     def advance(self, steps: int):
         """Counts steps as done (dispatched: the device may lag a little behind)."""
-        if self._bar:
-            self._bar.advance(self._task, steps)
+        self._update(self._done + steps, self._loss)
 
     def show(self, done: int, loss: float):
         """Sets the steps done and the mean loss."""
+        self._update(done, f"loss {loss:.3f}")
+
+    def _update(self, done, loss):
+        self._done, self._loss = done, loss
         if self._bar:
-            self._bar.update(self._task, completed=done, loss=f"loss {loss:.3f}")
+            self._bar.update(self._task, completed=done, loss=loss)
+            return
+        now = time.monotonic()
+        if now - self._told >= EVERY and done < self._total:
+            self._told = now
+            left = (now - self._began) * (self._total - done) / max(done, 1)
+            told = [f"{done} of {self._total} steps", loss, f"about {_duration(left)} left"]
+            line = ", ".join(part for part in told if part)
+            print(f"{self._label}: {line}", file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,12 +1,9 @@
-import io
-import os
-
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
-from quantjax.lab.data import images as data
+from quantjax.lab import data
+from quantjax.lab.data import splits
 from quantjax.lab.names import nearest_name_error
 
 
@@ -50,14 +47,6 @@ def test_statistics_are_those_of_the_training_pixels(digits):
     normal = data.normalize(digits.train.images, digits.mean, digits.std)
     assert abs(float(normal.mean())) < 1e-3
     assert abs(float(normal.std()) - 1) < 1e-3
-
-
-def test_a_constant_channel_has_deviation_one():
-    images = np.full((3, 2, 2, 2), 7, np.uint8)
-    images[..., 1] = np.arange(12).reshape(3, 2, 2)
-    _, std = data._statistics(images)
-    assert std[0] == 1.0
-    assert std[1] == round(float((np.arange(12) / 255).std()), 4)
 
 
 @pytest.mark.parametrize("archive", [False, True])
@@ -128,101 +117,9 @@ def test_unknown_names_suggest_the_nearest():
     assert "known: a, b" in str(nearest_name_error("thing", "zzz", ["b", "a"]))
 
 
-def test_an_unprepared_set_says_how_to_prepare_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match="download_and_prepare"):
-        data.load("mnist", tmp_path)
-    with pytest.raises(ValueError, match=r"1\.0\.0"):
-        data.load("mnist:1.0.0", tmp_path)
-
-
-def _prepare(path, shape=(6, 5, 1), label="label", splits=("train", "validation")):
-    """Writes a TFDS set of seven images as TFDS itself does, and returns the images."""
-    import tensorflow_datasets as tfds
-
-    images = np.random.default_rng(0).integers(0, 256, (7, 6, 5), np.uint8)
-
-    class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self):
-            image, name = tfds.features.Image(shape=shape), tfds.features.ClassLabel(num_classes=9)
-            features = tfds.features.FeaturesDict({"image": image, label: name})
-            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
-
-        def _split_generators(self, dl_manager):
-            return {split: self._generate_examples() for split in splits}
-
-        def _generate_examples(self):
-            for row, image in enumerate(images):
-                png = io.BytesIO()
-                Image.fromarray(image).save(png, format="PNG")
-                png.seek(0)
-                yield row, {"image": png, label: row}  # arrays would need TensorFlow
-
-    tfds.disable_progress_bar()
-    Tiny(data_dir=path, file_format="array_record").download_and_prepare()
-    return images
-
-
-def test_a_prepared_set(tmp_path):
-    images = _prepare(tmp_path)
-    for name in ("tiny", "tiny:1.0.0"):
-        dataset = data.load(name, tmp_path)
-        assert dataset.classes == 9
-        np.testing.assert_array_equal(dataset.train.images, images[..., None])
-        np.testing.assert_array_equal(dataset.test.labels, np.arange(7))
-        np.testing.assert_allclose(dataset.mean, [images.mean() / 255], atol=5e-5)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"shape": (None, None, 1)}, r"images of shape \(None, None, 1\)"),
-        ({"label": "kind"}, r"features \['image', 'kind'\], expected an image named"),
-        ({"splits": ("train",)}, r"splits \['train'\], expected train, and test"),
-    ],
-)
-def test_a_prepared_set_that_does_not_serve(tmp_path, wrong, message):
-    _prepare(tmp_path, **wrong)
-    with pytest.raises(ValueError, match=message):
-        data.load("tiny", tmp_path)
-
-
-def test_a_set_prepared_as_tfrecord(tmp_path):
-    _prepare(tmp_path)
-    info = tmp_path / "tiny" / "1.0.0" / "dataset_info.json"
-    info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(ValueError, match="prepared as TFRECORD, expected ARRAY_RECORD"):
-        data.load("tiny", tmp_path)
-
-
-def test_mnist():
-    if "QUANTJAX_DATA_DIR" not in os.environ:
-        pytest.skip("QUANTJAX_DATA_DIR names no directory of prepared TFDS sets")
-    mnist = data.load("mnist", os.environ["QUANTJAX_DATA_DIR"])
-    assert mnist.train.images.shape == (60000, 28, 28, 1)
-    counts = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
-    assert np.bincount(mnist.test.labels).tolist() == counts
-    mean, std = data._statistics(mnist.train.images)
-    assert (mean, std) == (mnist.mean, mnist.std)
-
-
-def test_holdout_is_disjoint_and_seeded(digits):
-    train, validation = data.holdout(digits.train, 200, seed=3)
-    assert (len(train.labels), len(validation.labels)) == (1200, 200)
-    numbered = data.Split(np.arange(1400)[:, None, None, None], np.arange(1400, dtype=np.int32))
-    rest, held = data.holdout(numbered, 200, seed=3)
-    assert sorted([*rest.labels, *held.labels]) == list(range(1400))
-    np.testing.assert_array_equal(digits.train.labels[held.labels], validation.labels)
-    assert not np.array_equal(data.holdout(numbered, 200, seed=4)[1].labels, held.labels)
-    for count in (0, 1400):
-        with pytest.raises(ValueError, match=f"count is {count}, expected 1 .. 1399"):
-            data.holdout(numbered, count, seed=0)
-
-
 def test_normalize_jits_and_checks_channels():
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 3, 3), np.uint8)
-    mean, std = data.STATISTICS["cifar10"]
+    mean, std = splits.STATISTICS["cifar10"]
     out = jax.jit(data.normalize)(images, mean, std)
     assert out.dtype == np.float32
     np.testing.assert_allclose(out, (images / 255 - np.array(mean)) / np.array(std), atol=1e-5)
@@ -263,14 +160,3 @@ def test_augment_without_padding_and_flip_changes_nothing():
         data.augment(jax.random.key(1), images, pad=-1)
     with pytest.raises(ValueError, match=r"expected \[n, h, w, c\]"):
         data.augment(jax.random.key(1), images[0])
-
-
-def test_epoch_indices_are_a_permutation():
-    indices = data.epoch_indices(jax.random.key(0), 23, 5)
-    assert indices.shape == (4, 5)
-    assert indices.dtype == np.int32
-    assert len(set(np.asarray(indices).ravel().tolist())) == 20
-    assert 0 <= indices.min() <= indices.max() < 23
-    assert not np.array_equal(indices, data.epoch_indices(jax.random.key(1), 23, 5))
-    with pytest.raises(ValueError, match="batch_size is 24, expected"):
-        data.epoch_indices(jax.random.key(0), 23, 24)

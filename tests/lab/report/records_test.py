@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from quantjax.lab import recipe_version, recipes
 from quantjax.lab.report import records
 
 
@@ -60,8 +61,22 @@ def test_rows_without_a_width():
 
 def test_shortened_and_interrupted_runs_say_so():
     text = records.markdown([record(scale=0.1, complete=False)])
-    assert "**every phase shortened to 0.1 of the paper's**" in text
+    assert "**every phase shortened to 0.1 of the recipe's**" in text
     assert "**interrupted**" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "whose"),
+    [
+        ("psg_table_a1", "paper's"),
+        ("srq_table3", "paper's"),
+        ("psg_mnist", "recipe's"),
+        ("fq_mnist_a7", "recipe's"),  # the comparison of a table, at no paper's size
+    ],
+)
+def test_a_schedule_is_the_papers_where_the_recipe_follows_a_table(name, whose):
+    text = records.markdown([record(experiment=name, scale=0.5)])
+    assert f"**every phase shortened to 0.5 of the {whose}**" in text
 
 
 def test_show_replaces_the_section_and_nothing_else(tmp_path):
@@ -82,3 +97,22 @@ def test_show_replaces_the_section_and_nothing_else(tmp_path):
     page.write_text("no section")
     with pytest.raises(ValueError, match="no results section"):
         records.show(page, folder)
+
+
+def test_a_record_of_another_version_of_its_recipe_says_so():
+    source = recipes.known_recipes()["psg_mnist"]
+    mine = record(experiment="psg_mnist", recipe=recipe_version.digest(source))
+    assert "another version" not in records.markdown([mine])
+    other = {**mine, "recipe": "0123456789ab"}
+    assert "**made by another version of the recipe**" in records.markdown([other])
+    assert "another version" not in records.markdown([{**other, "experiment": "of a user"}])
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [("{", "Expecting"), ("[]", "it lacks experiment"), ('{"title": "x"}', "it lacks experiment")],
+)
+def test_a_file_that_is_no_record_is_named(tmp_path, content, told):
+    (tmp_path / "broken.json").write_text(content)
+    with pytest.raises(ValueError, match=f"broken.json is no record: {told}"):
+        records.load(tmp_path)

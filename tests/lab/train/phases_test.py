@@ -1,3 +1,5 @@
+import types
+
 import jax
 import numpy as np
 import optax
@@ -47,3 +49,24 @@ def test_phases_without_steps_are_an_error():
     for wrong in ([], [phases.Phase("none", engine.Method(optax.sgd(0.1)), 0)]):
         with pytest.raises(ValueError, match="at least one step"):
             phases.run(task, wrong, task.init(0), lambda variables: 0.0, batch_size=32, seed=0)
+
+
+def test_the_first_of_equal_scores_is_the_early_network_and_the_seed_is_the_given_one(monkeypatch):
+    states = iter("abc")
+    seeds = []
+
+    def train(task, steps, state, total, *, seed, **kwargs):
+        seeds.append(seed)
+        for done in range(1, total + 1):
+            state = types.SimpleNamespace(variables=next(states), state=None, opt_state=None)
+            yield engine.Report(state, done, 0.0, 0.0, 0.0)
+
+    monkeypatch.setattr(engine, "init_state", lambda *args: seeds.append(args[-1]))
+    monkeypatch.setattr(engine, "make_steps", lambda *args: None)
+    monkeypatch.setattr(engine, "train", train)
+    monkeypatch.setattr(engine, "copied", lambda tree: tree)
+    parts = [phases.Phase("all", engine.Method(optax.sgd(0.1)), 3)]
+    scores = {"a": 1.0, "b": 2.0, "c": 2.0}
+    outcome = phases.run(None, parts, {}, scores.get, batch_size=32, seed=7)
+    assert (outcome.early, outcome.variables) == ("b", "c")
+    assert seeds == [7, 7]
