@@ -2,7 +2,7 @@
 
 As table 1 (adaptive against uniform width at equal average bits), figure 1 (ALQ's step against the
 straight-through ones at uniform width; see the curves) and section 5.3 (a straight-through step
-together with pruning). All rows train as many epochs.
+together with pruning). All rows train as many epochs, without the paper's L2 norm on coordinates.
 """
 
 import quantjax as qj

@@ -15,6 +15,9 @@ from quantjax.lab.models import dead_channels
 from quantjax.lab.recipes import Context, Network
 from quantjax.lab.train import engine
 
+# L2 norm on the coordinates (section 3.3). The paper has no number; its public code's is 0 unless
+# one is given.
+COORDINATE_DECAY = 1e-4
 LENET5 = tuple(dead_channels.Layer(name) for name in ("Conv_0", "Conv_1", "Dense_0", "Dense_1"))
 
 
@@ -69,7 +72,7 @@ class Protocol(NamedTuple):
           schedule: scaled steps per epoch -> phases.
           bits: of the sketch.
           seed: of the order of images.
-          kwargs: for `qj.alq`.
+          kwargs: for `qj.alq`; the tables give `weight_decay=COORDINATE_DECAY`.
         """
         quantizer = training.structured(variables["params"], bits, **self.structures)
         return training.train(
@@ -138,7 +141,7 @@ def make(
       float_epochs, float_rate: of the network that ALQ starts from.
       structures: conv, first, blocks of `training.structured`.
     """
-    loaded = data.load(dataset, context.data_dir)
+    loaded = context.load(dataset)
     count = min(validation, len(loaded.train.labels) // 6)
     rest, held_out = data.holdout(loaded.train, count, seed)
     task = engine.Task(models.build(model, loaded.classes), loaded._replace(train=rest), augment)
@@ -171,7 +174,10 @@ def mnist(context: Context, seed: int, validation: int = 10_000) -> Protocol:
 
 
 def cifar10_vgg(context: Context, seed: int) -> Protocol:
-    """Returns the small VGG on CIFAR-10 with the structures of appendix C.2."""
+    """Returns the small VGG on CIFAR-10 with the structures of appendix C.2.
+
+    The float network comes from SGD; the appendix has Adam.
+    """
     return make(
         context,
         seed,
@@ -185,7 +191,7 @@ def cifar10_vgg(context: Context, seed: int) -> Protocol:
 
 
 def resnet18(context: Context, seed: int, dataset: str = "cifar100") -> Protocol:
-    """Returns ResNet-18 with the structures of appendix C.3, on images that the lab has."""
+    """Returns ResNet-18 with the structures and batches of appendix C.3, on images of the lab."""
     return make(
         context,
         seed,
@@ -193,9 +199,18 @@ def resnet18(context: Context, seed: int, dataset: str = "cifar100") -> Protocol
         "resnet18",
         validation=5_000,
         float_epochs=200,
+        batch_size=256,
         first="channelwise",
         blocks=(2,),
     )
+
+
+def keep(bits: float, target: float, rounds: int) -> float:
+    """Returns the share of the coordinates that a round leaves, from `bits` down to a target.
+
+    A target of average bits: it is met as far as groups of all sizes are pruned alike.
+    """
+    return (target / bits) ** (1 / rounds)
 
 
 def uniform_width(phases: Sequence[qj.Phase]) -> tuple[qj.Phase, ...]:

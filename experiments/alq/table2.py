@@ -1,7 +1,8 @@
 """Table 2 of ALQ: LeNet-5 on MNIST by the paper's schedule (appendix C.1).
 
 Six times 40 percent pruned, each followed by 10 epochs of bases and 20 of coordinates, and 30
-epochs of post-training. The paper has 22.7 KB and 99.12 percent. `alq_mnist` is the short way.
+epochs of post-training. The paper has 22.7 KB and 99.12 percent; of 8 bits the rounds leave 0.37.
+`alq_mnist` is the short way.
 """
 
 import quantjax as qj
@@ -22,4 +23,6 @@ def run(context):
         parts = protocol.mnist(context, seed)._replace(float_epochs=100)
         start = parts.full_precision(seed)
         yield parts.float_row(start, seed)
-        yield parts.row("ALQ", parts.alq(start, schedule, BITS, seed), seed)
+        decay = protocol.COORDINATE_DECAY
+        trained = parts.alq(start, schedule, BITS, seed, weight_decay=decay)
+        yield parts.row("ALQ", trained, seed)

@@ -67,9 +67,11 @@ def structured(
     kernels = {p: x for p, x in paths.flatten(params)[0].items() if p.endswith("kernel")}
     dense = [path for path, leaf in kernels.items() if leaf.ndim == 2]
     convs = [path for path in kernels if path not in dense]
+    # Of the least depth: the paths of blocks come before that of the layer that feeds them.
+    foremost = min(convs, key=lambda path: path.count("/"), default=None)
     parts = {}
     for path in convs:
-        structure = first if first is not None and path == convs[0] else conv
+        structure = first if first is not None and path == foremost else conv
         parts[re.escape(path)] = qj.multi_bit(bits, _axes(kernels[path].shape, structure))
     missing = max(0, len(dense) - len(blocks))
     counts = [*blocks[:1]] * missing + [*blocks][max(0, len(blocks) - len(dense)) :]

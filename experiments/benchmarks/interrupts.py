@@ -24,7 +24,7 @@ COMMAND = [
     "-c",
     # A job in the background of a shell is started with SIGINT ignored.
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "from quantjax.lab.cli import command; command()",
+    "from quantjax_command import command; command()",
 ]
 RECIPE = '''
 """Steps of a network large enough that a chunk of them takes long."""

@@ -71,15 +71,24 @@ class Protocol(NamedTuple):
         ).variables
 
     def scores(self, variables: Mapping, quantizer: Quantizer) -> dict:
-        """Returns accuracies in percent at full and low precision, table A1's MSE, and the file."""
+        """Returns accuracies in percent at full and low precision, table A1's MSE, and the file.
+
+        The paper's low precision has the batch norms of the float network. "re-estimated" is the
+        accuracy with the statistics of training images under the rounded weights: that network is
+        the file.
+        """
         shipped = deploy(variables, quantizer)
+        deployed = self.task.reestimated(shipped.variables)
         told = {"model": self.model, "dataset": self.task.dataset.name}
-        return {
-            "file": Network({**shipped.variables, "params": shipped.encoded}, told),
+        found = {
+            "file": Network({**deployed, "params": shipped.encoded}, told),
             "full precision": self.accuracy(variables),
             "low precision": self.accuracy(shipped.variables),
             "MSE": round(shipped.weight_error, 4),
         }
+        if "batch_stats" in variables:
+            found["re-estimated"] = self.accuracy(deployed)
+        return found
 
     def accuracy(self, variables: Mapping) -> float:
         """Returns the accuracy on the test set in percent."""
@@ -106,29 +115,6 @@ class Protocol(NamedTuple):
         accuracy = evaluate(fitted, self.task.dataset.test).accuracy
         return {"activation bits": bits, "accuracy": round(accuracy, 2), "n": n}
 
-    def search(self, candidates, train: Callable, quantizer: Quantizer, seed: int = 0) -> dict:
-        """Returns {strength: rounded accuracy on 5,000 held-out training images} (appendix G).
-
-        Args:
-          candidates: strengths.
-          train: (protocol, strength) -> variables, for a protocol without the held-out images.
-          quantizer: what is deployed.
-          seed: of the images that are held out.
-        """
-        dataset = self.task.dataset
-        count = min(5000, len(dataset.train.labels) // 10)
-        rest, held_out = data.holdout(dataset.train, count, seed)
-        task = self.task._replace(dataset=dataset._replace(train=rest, test=held_out))
-        smaller = self._replace(task=task, evaluate=engine.make_evaluate(task), compiled={})
-        found = {}
-        for strength in candidates:
-            try:
-                shipped = deploy(train(smaller, strength), quantizer)
-                found[strength] = smaller.accuracy(shipped.variables)
-            except FloatingPointError:
-                found[strength] = 0.0
-        return found
-
 
 def make(
     context: Context,
@@ -142,7 +128,7 @@ def make(
     augment: bool = True,
 ) -> Protocol:
     """Returns the protocol of a table; with `augment`, images are cropped and flipped at random."""
-    loaded = data.load(dataset, context.data_dir)
+    loaded = context.load(dataset)
     task = engine.Task(models.build(model, loaded.classes), loaded, augment)
     evaluate = engine.make_evaluate(task)
     return Protocol(context, task, evaluate, rates, switch, end, batch_size, {}, model)

@@ -1,11 +1,14 @@
 """PSG, table A1: ResNet-32 on CIFAR-100, weights at 8, 6, 4, 3 and 2 bits.
 
 82 epochs of SGD (or `--init` with the public checkpoint of that epoch), then PSG to epoch 150.
-The paper gives lambda_s = 150 at 4 bits; for 3 and 2 bits it is searched on held-out images. At
-these widths the first and last layer keep 8 bits; at 2 bits there is no weight decay.
+The paper gives lambda_s = 150 at 4 bits; for 3 and 2 bits it is searched by appendix G, with the
+first seed. At these widths the first and last layer keep 8 bits; at 2 bits there is no weight
+decay.
 """
 
-from experiments.psg import protocol
+import functools
+
+from experiments.psg import protocol, strength_search
 
 TITLE = "PSG, table A1: ResNet-32, CIFAR-100, weights only"
 PAPER = {  # bits: (full precision, low precision, MSE), and SGD's MSE
@@ -31,14 +34,18 @@ def run(context):
     )
     widths = context.widths(tuple(PAPER))
     strengths = dict.fromkeys(widths, STRENGTH)
+    searched = [bits for bits in widths if bits in CANDIDATES]
+    if searched:
+        search = strength_search.begin(parts, context.seeds[0])
+        for bits in searched:
+            late = functools.partial(psg, bits=bits, seed=context.seeds[0])
+            found = search.choose(CANDIDATES[bits], late, target(bits))
+            strengths[bits] = found.strength
+            yield found.row | {"bits": bits}
     for seed in context.seeds:
         start = parts.plain(seed)
         if seed == context.seeds[0]:
             yield {"row": "at the switch", "full precision": parts.accuracy(start)}
-            for bits in sorted(set(widths) & set(CANDIDATES)):
-                found = parts.search(CANDIDATES[bits], late(start, bits), target(bits))
-                strengths[bits] = max(found, key=found.get)
-                yield {"row": "held-out accuracy", "bits": bits, "of": found}
         plain = parts.late("sgd", protocol.sgd, start, seed)
         for bits in widths:
             scores = parts.scores(plain, target(bits))
@@ -46,7 +53,7 @@ def run(context):
                 "paper": {"MSE": PAPER[bits][3]}
             }
         for bits in widths:
-            trained = late(start, bits, seed)(parts, strengths[bits])
+            trained = psg(parts, start, strengths[bits], bits, seed)
             yield {
                 "row": "PSG",
                 "bits": bits,
@@ -64,12 +71,8 @@ def target(bits, momentum=None):
     return protocol.grid(bits, momentum=momentum, ends=8 if bits in (2, 3) else None)
 
 
-def late(start, bits, seed=0):
-    """Returns (parts, strength) -> variables after the epochs of PSG."""
-
-    def train(parts, strength):
-        decay = 0.0 if bits == 2 else 1e-4
-        chain = protocol.psg(target(bits, momentum=0.1), strength, weight_decay=decay)
-        return parts.late("psg, ends at 8" if bits in (2, 3) else "psg", chain, start, seed)
-
-    return train
+def psg(parts, start, strength, bits, seed):
+    """Returns the variables after the epochs of PSG."""
+    decay = 0.0 if bits == 2 else 1e-4
+    chain = protocol.psg(target(bits, momentum=0.1), strength, weight_decay=decay)
+    return parts.late("psg, ends at 8" if bits in (2, 3) else "psg", chain, start, seed)

@@ -3,14 +3,16 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
 import quantjax as qj
+from quantjax.core import paths
 from quantjax.core.quantizer import InputQuantizer, Quantizer
 from quantjax.lab import data, models
 from quantjax.lab.deploy import Deployed, deploy
-from quantjax.lab.methods import MASK_RATE, faster_masks
+from quantjax.lab.methods import faster_masks
 from quantjax.lab.recipes import Context, Network
 from quantjax.lab.train import engine
 from quantjax.methods.srq import widths
@@ -27,6 +29,7 @@ class Grids(NamedTuple):
     schedule: Callable  # (steps, steps per epoch) -> optax.Schedule
     weight_decay: float
     mask_rate: float  # how much faster the masks' logits learn
+    biases: bool  # whether biases are quantized as weights are
     compiled: dict  # {name: Steps}: one program for all runs of a name
     model: str  # its name
 
@@ -39,6 +42,14 @@ class Grids(NamedTuple):
         """Returns the variables of the network trained in full precision."""
         method = engine.Method(self._adamw())
         return self._fit("float", method, self.task.init(seed), seed).variables
+
+    def first(self, seed: int) -> dict:
+        """Returns the variables of a training from scratch.
+
+        Biases that are quantized begin as torch has them: from Flax's zeros "mode" moves none.
+        """
+        variables = self.task.init(seed)
+        return torch_biases(variables, seed) if self.biases else variables
 
     def train(
         self,
@@ -53,7 +64,7 @@ class Grids(NamedTuple):
         Quantizers of one name must differ in their states alone: they share a program.
         """
         method = engine.Method(self._adamw(), quantizer, inputs)
-        state = self._fit(name, method, start or self.task.init(seed), seed)
+        state = self._fit(name, method, start or self.first(seed), seed)
         shipped = deploy(state.variables, quantizer, state.state)
         evaluate = engine.make_evaluate(self.task, inputs)
         accuracy = evaluate(shipped.variables, self.task.dataset.test).accuracy
@@ -74,9 +85,8 @@ class Grids(NamedTuple):
     ) -> "Trained":
         """Trains with learned widths in the first half, and at these in the second (appendix F).
 
-        `estimator` is that of the weights. Under the expectation's gradient the loss holds on to
-        levels until it has little left to gain: it takes a converged start and a large penalty.
-        Inputs, without masks, take the expectation's.
+        Under the expectation's gradient the loss holds on to levels until it has little left to
+        gain: it takes a converged start and a large penalty.
         """
         quantizer = srq(
             bits,
@@ -84,8 +94,9 @@ class Grids(NamedTuple):
             freeze_after=self.steps // 2,
             penalty=penalty,
             estimator=estimator,
+            biases=self.biases,
         )
-        inputs = srq_input(bits, estimator="expectation")
+        inputs = srq_input(bits, estimator=estimator)
         return self.train(
             f"learned, {bits}, {penalty}, {estimator}", quantizer, inputs, seed, start
         )
@@ -102,13 +113,15 @@ class Grids(NamedTuple):
 
         None: all `bits`, the uniform network.
         """
-        quantizer = srq(bits, learn_bits=True, freeze_after=0, estimator=estimator)
+        quantizer = srq(
+            bits, learn_bits=True, freeze_after=0, estimator=estimator, biases=self.biases
+        )
 
         def init(params, key=None):
             state = quantizer.init(params, key)
             return widths.at_widths(state, bits, chosen or dict.fromkeys(state.buffers, bits))
 
-        inputs = srq_input(bits, estimator="expectation")
+        inputs = srq_input(bits, estimator=estimator)
         name = f"fixed, {bits}, {estimator}"
         return self.train(name, quantizer._replace(init=init), inputs, seed, start)
 
@@ -150,15 +163,16 @@ class Trained(NamedTuple):
     """A network trained with learned grids."""
 
     error: float  # of the deployed network on the test set, percent
-    widths: dict  # of its layers by path; 1 is ternary
+    widths: dict  # of its kernels and biases by path; 1 is ternary
     state: engine.TrainState
     shipped: Deployed
     network: Network
 
     @property
     def named_widths(self) -> str:
-        """As in the paper's tables: 3/2/3/3 or 2/2/2/T."""
-        return "/".join(map(widths.name, self.widths.values()))
+        """Those of the kernels, as in the paper's tables: 3/2/3/3 or 2/2/2/T."""
+        kernels = (width for path, width in self.widths.items() if paths.is_weight(path))
+        return "/".join(map(widths.name, kernels))
 
     def row(self, name: str, bits: int, seed: int) -> dict:
         """Returns the row of a record; `bits` are those of the layers' inputs."""
@@ -172,10 +186,28 @@ class Trained(NamedTuple):
         }
 
 
-def plain(bits: int, estimator: str, dropbits: bool = False) -> tuple[Quantizer, InputQuantizer]:
-    """Returns SRQ for weights and for layer inputs."""
-    quantizer = srq(bits, dropbits=dropbits, estimator=estimator)
+def plain(
+    bits: int, estimator: str, dropbits: bool = False, biases: bool = False
+) -> tuple[Quantizer, InputQuantizer]:
+    """Returns SRQ for weights, with biases or without, and for layer inputs."""
+    quantizer = srq(bits, dropbits=dropbits, estimator=estimator, biases=biases)
     return quantizer, srq_input(bits, estimator=estimator)
+
+
+def torch_biases(variables: Mapping, seed: int) -> dict:
+    """Returns the variables with the biases beside kernels as torch draws them.
+
+    Uniform within 1 / sqrt(n), n the inputs of an output.
+    """
+    flat, rebuild = paths.flatten(variables["params"])
+    keys = paths.leaf_keys(jax.random.key(seed), flat)
+    drawn = {}
+    for path, bias in flat.items():
+        kernel = flat.get(f"{path.removesuffix('bias')}kernel")
+        if paths.role(path) == "bias" and kernel is not None:
+            most = kernel[..., 0].size ** -0.5
+            drawn[path] = jax.random.uniform(keys[path], bias.shape, bias.dtype, -most, most)
+    return {**variables, "params": rebuild(flat | drawn)}
 
 
 def short(peak: float) -> Callable:
@@ -220,18 +252,34 @@ def make(
     epochs: float,
     schedule: Callable,
     weight_decay: float = 0.01,
-    mask_rate: float = MASK_RATE,
+    mask_rate: float = 1,
+    biases: bool = True,
     batch_size: int = 128,
     augment: bool = False,
     symmetric: bool = False,
 ) -> Grids:
-    """Returns the training of a table; with `symmetric`, images lie in [-1, 1] (appendix F)."""
-    loaded = data.load(dataset, context.data_dir)
+    """Returns the training of a table by appendix F; with `symmetric`, images lie in [-1, 1].
+
+    A short training may want masks that learn faster than weights (`mask_rate`), and biases that
+    stay float.
+    """
+    loaded = context.load(dataset)
     if symmetric:
         half = (0.5,) * len(loaded.mean)
         loaded = loaded._replace(mean=half, std=half)
     task = engine.Task(models.build(model, loaded.classes), loaded, augment)
-    return Grids(context, task, epochs, batch_size, schedule, weight_decay, mask_rate, {}, model)
+    return Grids(
+        context,
+        task,
+        epochs,
+        batch_size,
+        schedule,
+        weight_decay,
+        mask_rate,
+        biases,
+        compiled={},
+        model=model,
+    )
 
 
 def paper_lenet(context: Context) -> Grids:
@@ -246,14 +294,17 @@ def paper_lenet(context: Context) -> Grids:
     )
 
 
-def paper_vgg(context: Context) -> Grids:
-    """Returns VGG-7 on CIFAR-10 by appendix F: 300 epochs with crops and flips."""
+def paper_vgg(context: Context, weight_decay: float = 0.01) -> Grids:
+    """Returns VGG-7 on CIFAR-10 by appendix F: 300 epochs with crops and flips.
+
+    The weight decay is 0.02 in tables 3 and 5.
+    """
     return make(
         context,
         "cifar10",
         "vgg7",
         epochs=300,
         schedule=decaying(1e-4, last=50, factor=0.9, drops={0.5: 0.1}),
-        weight_decay=0.02,
+        weight_decay=weight_decay,
         augment=True,
     )

@@ -8,16 +8,6 @@ from typing import Annotated
 from quantjax.lab import interrupts
 
 
-def command():
-    """The console script: `main` as a process of its own, which Ctrl-C ends within seconds."""
-    interrupts.watch()
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's is inherited, and no window is opened here
-    status = main()
-    if status == interrupts.STATUS:
-        interrupts.leave()
-    sys.exit(status)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit status; bad input gives one line, not a trace."""
     try:

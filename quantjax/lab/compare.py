@@ -203,8 +203,9 @@ def rows(settings: Settings, tell: Callable = print) -> Iterator[Result]:
             else:
                 state = None if plan.trained is None else plan.trained(outcome.opt_state)
                 shipped = deploy(variables, plan.deploy, state)
-            score = evaluate(shipped.variables, dataset.test).accuracy
-            packed = file(key, shipped.bits, shipped.encoded, variables, score)
+            deployed = task.reestimated(shipped.variables)
+            score = evaluate(deployed, dataset.test).accuracy
+            packed = file(key, shipped.bits, shipped.encoded, deployed, score)
             yield Result(
                 method=key,
                 title=entry.title,

@@ -18,7 +18,7 @@ class Deployed(NamedTuple):
 
     @property
     def layers(self) -> list[Row]:
-        """The rows of the quantized leaves."""
+        """The rows of the quantized leaves, biases among them where they are quantized."""
         return [row for row in self.summary.rows if row.squared_error is not None]
 
     @property
@@ -31,8 +31,14 @@ class Deployed(NamedTuple):
 
     @property
     def weight_error(self) -> float:
-        """The MSE of PSG's table A1: squared errors of all quantized layers over their number."""
-        return sum(row.squared_error for row in self.layers) / len(self.layers)
+        """The MSE of PSG's table A1: squared errors of all quantized layers over their number.
+
+        The bias beside a kernel is of its layer.
+        """
+        found = {row.path for row in self.layers}
+        kernels = {path.removesuffix("kernel") for path in found if path.endswith("kernel")}
+        biases = {f"{layer}bias" for layer in kernels} & found
+        return sum(row.squared_error for row in self.layers) / len(found - biases)
 
 
 def deploy(variables: Mapping, quantizer: Quantizer, state: QuantState | None = None) -> Deployed:

@@ -49,9 +49,12 @@ def _methods() -> Iterable[tuple[str, str]]:
 
 def _models() -> Iterable[tuple[str, str]]:
     for name, make in models.MODELS.items():
-        make, depth = (make.func, make.args) if isinstance(make, partial) else (make, ())
-        told = inspect.getdoc(make).partition("\n")[0]
-        yield name, told + "".join(f" Depth {n}." for n in depth)
+        told = ""
+        if isinstance(make, partial):
+            told = "".join(f" Depth {n}." for n in make.args)
+            told += " With batch norm." if make.keywords.get("batch_norm") else ""
+            make = make.func
+        yield name, inspect.getdoc(make).partition("\n")[0] + told
 
 
 def _datasets(data_dir) -> Iterable[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """Which version of a recipe a record was made with."""
 
+import ast
 import hashlib
 import io
 import re
@@ -42,9 +43,11 @@ def _code(source: str) -> str:
 
 
 def _imported(source: str, package: Path) -> list[Path]:
-    """Returns the files of `from experiments.psg import protocol` and the like."""
+    """Returns the files that `from experiments.psg import protocol` and the like name."""
     found = []
-    for folder, names in re.findall(r"^from experiments\.(\w+) import (.+)$", source, re.MULTILINE):
-        files = [package / folder / f"{name.strip()}.py" for name in names.split(",")]
-        found += [file for file in files if file.is_file()]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("experiments."):
+            place = package.joinpath(*node.module.split(".")[1:])
+            files = [place.with_suffix(".py"), *(place / f"{n.name}.py" for n in node.names)]
+            found += [file for file in files if file.is_file()]
     return found

@@ -36,7 +36,7 @@ class Context:
     """What a recipe is given: `run(context)` yields its rows as dicts."""
 
     scale: float = 1.0
-    """Length of every phase in proportion to the paper's."""
+    """Length of every phase in proportion to the recipe's."""
     seeds: tuple[int, ...] = (0,)
     """One run each."""
     bits: tuple[int, ...] | None = None

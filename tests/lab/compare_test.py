@@ -105,7 +105,7 @@ def test_an_interrupted_comparison_leaves_the_finished_rows(
     with pytest.raises(KeyboardInterrupt):
         compare.compare(Settings(out=tmp_path))
     assert "full precision" in capsys.readouterr().out
-    assert interrupts._on_disk == f"{tmp_path / 'report.html'} holds the finished rows, 1 so far"
+    assert interrupts.on_disk == f"{tmp_path / 'report.html'} holds the finished rows, 1 so far"
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["complete"] is False
     assert [row["method"] for row in written["results"]] == ["float"]
@@ -142,6 +142,25 @@ def test_a_method_that_diverges_has_no_row_and_the_others_go_on(tmp_path, monkey
     assert [row.method for row in results] == ["float", "sgd"]
     assert "wild, 4 bits: the loss is" in capsys.readouterr().out
     assert json.loads((tmp_path / "report" / "results.json").read_text())["complete"] is True
+
+
+def test_batch_norms_ship_with_the_statistics_of_the_quantized_weights(tmp_path):
+    settings = Settings(
+        model="small-cnn-bn", methods=("sgd",), bits=(2,), epochs=1, limit=400, out=tmp_path
+    )
+    _, row = compare.compare(settings)
+    task = engine.Task(
+        models.build("small-cnn-bn", 10), data.limited(data.load("digits"), settings.limit)
+    )
+    saved = qj.decode(qj.load(tmp_path / "networks" / "sgd-2bits.safetensors"))
+    float_net = qj.load(tmp_path / "networks" / "float-32bits.safetensors")
+    again = task.reestimated(saved)
+    for mine, expected in zip(jax.tree.leaves(saved), jax.tree.leaves(again), strict=True):
+        np.testing.assert_allclose(mine, expected, atol=1e-5)
+    evaluate = engine.make_evaluate(task)
+    assert row.quantized == evaluate(saved, task.dataset.test).accuracy
+    running = {**saved, "batch_stats": float_net["batch_stats"]}
+    assert evaluate(running, task.dataset.test).accuracy < row.quantized
 
 
 def test_an_interruption_before_the_first_row_leaves_no_report(tmp_path, monkeypatch):
@@ -200,7 +219,7 @@ def test_what_cannot_be_drawn_raises_before_anything_is_loaded(
     assert not (tmp_path / "report").exists()
 
 
-def test_a_limit_leaves_so_many_images(monkeypatch):
+def test_a_limit_leaves_so_many_images(tmp_path, monkeypatch):
     seen = []
 
     class StopError(Exception):
@@ -212,7 +231,7 @@ def test_a_limit_leaves_so_many_images(monkeypatch):
 
     monkeypatch.setattr(compare.engine, "Task", task)
     with pytest.raises(StopError):
-        next(compare.rows(compare.resolve(Settings(limit=90))))
+        next(compare.rows(compare.resolve(Settings(limit=90, out=tmp_path))))
     assert [len(part.labels) for part in (seen[0].train, seen[0].test)] == [90, 90]
 
 

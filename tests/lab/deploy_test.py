@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 import quantjax as qj
+from experiments.psg import table_a1
+from quantjax.lab import models
 from quantjax.lab.deploy import deploy
 
 
@@ -37,6 +39,34 @@ def test_what_ships_at_three_bits():
     assert shipped.bits == 3
     # 18 and 6 bits of codes are 3 bytes and 1, two steps 8, the bias 12.
     assert shipped.summary.nbytes == 3 + 1 + 8 + 12
+
+
+def test_the_error_of_a_bias_is_its_layers():
+    shipped = deploy(network(), qj.uniform(3, biases=True))
+    assert [row.path for row in shipped.layers if row.path.endswith("bias")] == ["Dense_0/bias"]
+    # The bias lies on multiples of 0.1 already.
+    assert shipped.weight_error == pytest.approx((0.375 + 0.25) / 2)
+    variables = network()
+    variables["params"]["Dense_0"]["bias"] = jnp.asarray([0.3, 0.14, 0.2])
+    shipped = deploy(variables, qj.uniform(3, biases=True))
+    assert shipped.weight_error == pytest.approx((0.375 + 0.04**2 + 0.25) / 2)
+
+
+@pytest.mark.usefixtures("quick_programs")
+def test_resnet32_has_the_34_layers_of_table_a1():
+    """31 convolutions of 3x3, two of 1x1 in the shortcuts, a dense layer."""
+    model = models.build("resnet32", 100)
+    image = jnp.zeros((1, 32, 32, 3))
+    params = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    # Thirds and ones at two bits: a squared error of 1/9 for every third.
+    params = jax.tree.map(lambda leaf: np.resize(np.float32([1, 1 / 3]), leaf.shape), params)
+    shipped = deploy({"params": params}, table_a1.target(2))
+    kernels = [row for row in shipped.layers if row.path.endswith("kernel")]
+    assert len(kernels) == 34
+    assert len(shipped.layers) == 35  # the dense bias
+    total = sum(row.squared_error for row in shipped.layers)
+    assert total > 1000
+    assert shipped.weight_error == pytest.approx(total / 34)
 
 
 def test_average_bits_are_weighted_by_size():

@@ -130,3 +130,109 @@ def test_find():
     assert methods.find("psg") is methods.METHODS["psg"]
     with pytest.raises(ValueError, match=r"unknown method 'psgd'; did you mean .*'psg'"):
         methods.find("psgd")
+
+
+def test_which_rows_start_from_the_first_weights():
+    first = {name for name, entry in methods.METHODS.items() if not entry.pretrained}
+    assert first == {"sgd", "sgd-least-error", "psg", "psg-directional", "psg-adam"}
+
+
+def test_learned_widths_freeze_at_half():
+    quantizer = methods.METHODS["dropbits-learned"].plan(3, 10).method.quantizer
+    buffers = quantizer.init({"kernel": np.ones((2, 2), np.float32)}).buffers["kernel"]
+    assert int(buffers["freeze_after"]) == 5
+
+
+def test_mask_logits_alone_learn_faster():
+    updates = ({"kernel": 1.0}, {"kernel": {"mask_logits": 1.0, "log_alpha": 1.0}})
+    for factor, transformation in ((10, methods.faster_masks()), (3, methods.faster_masks(3))):
+        found, _ = transformation.update(updates, transformation.init(updates))
+        assert found == ({"kernel": 1.0}, {"kernel": {"mask_logits": factor, "log_alpha": 1.0}})
+
+
+def first_step(optimizer, gradient, weight=0.5):
+    """Returns what the first step does to a weight among others."""
+    params = {"kernel": np.asarray([[1.0, weight]], np.float32)}
+    gradients = {"kernel": np.full((1, 2), gradient, np.float32)}
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    return float(updates["kernel"][0, 1])
+
+
+def test_settings_of_the_pruned_rows():
+    def quantizer(name, bits=5):
+        return repr(methods.METHODS[name].plan(bits, 160).method.quantizer)
+
+    assert quantizer("pruned", 32) == "surgery(0.2, end=120)"
+    # Pruned in the first third; fitted anew after 1, 3, 7 and 15 sixteenths.
+    expected = "chain(magnitude(0.2, end=53, every=3), focused(5, refit_every=10))"
+    assert quantizer("focused") == expected
+    plan = methods.METHODS["psg-sparse"].plan(5, 160)
+    assert repr(plan.deploy) == "chain(magnitude(0.2, across=True), focused(5))"
+    assert first_step(plan.method.optimizer, 0.0) == 0  # no weight decay
+    rate, strength = 0.0005, methods.SPARSE_STRENGTH
+    found = first_step(plan.method.optimizer, 1.0)
+    assert found == pytest.approx(-rate * strength * 0.5)  # its distance from zero
+
+
+def test_settings_of_the_rows_of_learned_grids(monkeypatch):
+    for name, told in (
+        ("srq", "dropbits=False, estimator='expectation'"),
+        ("srq+dropbits", "dropbits=True, estimator='expectation'"),
+        ("dropbits-learned", "freeze_after=80, penalty=0.01, estimator='expectation'"),
+    ):
+        plan = methods.METHODS[name].plan(3, 160)
+        assert told in repr(plan.method.quantizer), name
+    params = {"kernel": np.ones((2, 2), np.float32)}
+    zero = jax.tree.map(np.zeros_like, params)
+    optimizer = methods.METHODS["srq"].plan(3, 160).method.optimizer
+    updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -1e-4 * 0.01, rtol=1e-5)  # rate, then decay
+
+
+def test_a_large_eps_keeps_the_distance_in_adam():
+    optimizer = methods.METHODS["psg-adam"].plan(2, 160).method.optimizer
+    # 0.5 is half a step from its level: with this gradient Adam's ratio is s / (s + eps) = 1 / 2.
+    assert first_step(optimizer, 2e-4) == pytest.approx(-0.01 / 2, rel=1e-3)
+
+
+def test_parq_is_on_the_grid_for_the_last_quarter(monkeypatch):
+    seen = []
+    annealed = methods.annealed
+    monkeypatch.setattr(methods, "annealed", lambda steps: seen.append(steps) or annealed(steps))
+    methods.METHODS["parq"].plan(2, 160)
+    assert seen == [120]
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "start", "average"),
+    [
+        ("alq", 1, 2, 1),
+        ("alq", 2, 3, 2),
+        ("alq", 5, 6, 5),
+        ("alq", 8, 8, 8),
+        ("alq-0.5", 1, 2, 0.5),
+    ],
+)
+def test_alq_begins_a_bit_higher_and_prunes_to_the_average(name, bits, start, average, monkeypatch):
+    schedules = []
+    alq = methods.alq
+
+    def kept(quantizer, schedule):
+        schedules.append(schedule)
+        return alq(quantizer, schedule)
+
+    monkeypatch.setattr(methods, "alq", kept)
+    plan = methods.METHODS[name].plan(bits, 160)
+    assert f"multi_bit({start}, " in repr(plan.deploy)
+    (schedule,) = schedules
+    left = np.prod([phase.keep for phase in schedule if phase.kind == "prune"])
+    assert start * left == pytest.approx(average)
+    assert sum(phase.kind == "prune" for phase in schedule) == 3
+    assert sum(phase.steps for phase in schedule) <= 160
+    rates = {phase.learning_rate for phase in schedule if phase.kind == "coordinate"}
+    assert sorted(rates) == pytest.approx([3e-5, 3e-4])
+
+
+def test_full_precision_is_sgd_with_decay_along_a_cosine():
+    optimizer = methods.full_precision(160).optimizer
+    assert first_step(optimizer, 1.0) == pytest.approx(-0.05 * (1 + 1e-4 * 0.5))

@@ -45,7 +45,17 @@ def test_what_changes_the_version(recipe, old, new, same):
     assert (recipe_version.digest(recipe) == before) == same
 
 
-def test_what_it_imports_counts(recipe):
+@pytest.mark.parametrize(
+    "way",
+    [
+        "from experiments.mine import protocol",
+        "from experiments.mine.protocol import train",
+        "from experiments.mine import (\n    protocol,\n)",
+        "def late():\n    from experiments.mine import protocol as other",
+    ],
+)
+def test_what_it_imports_counts(recipe, way):
+    recipe.write_text(RECIPE.replace("from experiments.mine import protocol", way))
     before = recipe_version.digest(recipe)
     (recipe.parent / "protocol.py").write_text(PROTOCOL.replace("10", "11"))
     assert recipe_version.digest(recipe) != before

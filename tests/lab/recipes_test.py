@@ -221,4 +221,4 @@ def test_an_installed_wheel_says_where_recipes_are(tmp_path):
 
 def test_an_interruption_says_what_is_on_disk(toy, tmp_path):
     path = run(toy, tmp_path, bits=(4,), seeds=(0, 1))
-    assert interrupts._on_disk == f"{path} holds 2 finished rows"
+    assert interrupts.on_disk == f"{path} holds 2 finished rows"

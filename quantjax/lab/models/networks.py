@@ -40,12 +40,14 @@ class SmallCNN(nn.Module):
 
     classes: int = 10
     dtype: Any = None
+    batch_norm: bool = False  # after the convolutions
 
     @nn.compact
     def __call__(self, x, train: bool = False):
         """Returns the logits [n, classes] of images [n, h, w, c]."""
         for features in (16, 32):
-            x = nn.Conv(features, (3, 3), dtype=self.dtype)(x)
+            x = nn.Conv(features, (3, 3), use_bias=not self.batch_norm, dtype=self.dtype)(x)
+            x = _batch_norm(train, self.dtype)(x) if self.batch_norm else x
             x = max_pool_2x2(nn.relu(x))
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(64, dtype=self.dtype)(x))
@@ -206,6 +208,7 @@ class VGGSmall(nn.Module):
 
 MODELS = {
     "small-cnn": SmallCNN,
+    "small-cnn-bn": partial(SmallCNN, batch_norm=True),
     "lenet5": lenet5,
     "lenet5-wide": lenet5_wide,
     "resnet18": ResNet18,

@@ -10,7 +10,7 @@ from quantjax.lab import recipe_version, recipes
 BEGIN, END = "<!-- results: written by `quantjax results --write README.md` -->", "<!-- end -->"
 KEYS = ("experiment", "title", "command", "scale", "device", "versions", "complete", "rows")
 COLUMNS = (
-    *("average bits", "full precision", "low precision", "accuracy", "sparse"),
+    *("average bits", "full precision", "low precision", "re-estimated", "accuracy", "sparse"),
     *("error", "KB", "file KB", "widths", "MSE"),
 )
 

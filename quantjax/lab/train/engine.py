@@ -16,6 +16,8 @@ from quantjax.core.quantizer import InputQuantizer, Quantizer, QuantState
 from quantjax.lab import data as data_lib
 from quantjax.lab.train.progress import Progress
 
+REESTIMATED = 2000  # training images for the statistics of batch norms after quantization
+
 
 class Method(NamedTuple):
     """How a phase trains: what is quantized in the forward pass, and how it descends."""
@@ -65,6 +67,20 @@ class Task(NamedTuple):
         """Returns the model's variables, initialised by a seed."""
         example = self.inputs(self.dataset.train.images[:1])
         return jax.jit(self.model.init)(jax.random.key(seed), example)
+
+    def reestimated(self, variables: Mapping, input_quantizer=None) -> dict:
+        """Returns variables with batch norms' statistics of the first training images.
+
+        They are those of the weights at hand: what was rounded after training has others than its
+        float network. Without batch norms nothing changes.
+        """
+        if "batch_stats" not in variables:
+            return dict(variables)
+        size = max(1, min(REESTIMATED, len(self.dataset.train.images)) // 4)
+        images = self.dataset.train.images[: 4 * size]
+        batches = [self.inputs(images[at : at + size]) for at in range(0, len(images), size)]
+        apply = model_apply(self.model, input_quantizer)
+        return linen.reestimate_batch_norm(apply, variables, batches, train=False)
 
 
 def model_apply(model: nn.Module, input_quantizer) -> Callable:

@@ -72,6 +72,31 @@ def test_training_keeps_the_best_network_after_the_last_pruning():
     assert evaluate(outcome.variables, validation).accuracy == max(p.score for p in after)
 
 
+def test_a_better_network_from_before_the_last_pruning_is_not_kept(monkeypatch):
+    task = toy_task.make()
+    start = toy_task.start(task)
+    seen = []
+    scores = iter([99.0, 98.0, 97.0, 96.0, 50.0, 60.0, 55.0])
+
+    def evaluate(variables, split):
+        seen.append(jax.device_get(variables["params"]))
+        return training.engine.Score(0.0, next(scores))
+
+    monkeypatch.setattr(training.engine, "make_evaluate", lambda task: evaluate)
+    outcome = training.train(
+        task,
+        toy_task.split(30, 2),
+        start,
+        training.structured(start["params"], 1),
+        (qj.Phase("prune", 8, 1e-3, 0.5), qj.Phase("coordinate", 6, 1e-2)),
+        batch_size=16,
+        seed=0,
+        every=2,
+    )
+    assert [point.step for point in outcome.history] == [2, 4, 6, 8, 10, 12, 14]
+    jax.tree.map(np.testing.assert_array_equal, outcome.variables["params"], seen[5])
+
+
 def test_baselines_train_as_long():
     phases = qj.alq_rounds(10, 2)
     for other in (protocol.uniform_width(phases), protocol.straight_through(phases)):

@@ -8,6 +8,7 @@ from quantjax.lab.models import networks as models
 
 SHAPES = {
     "small-cnn": (8, 8, 1),
+    "small-cnn-bn": (8, 8, 1),
     "lenet5": (28, 28, 1),
     "lenet5-wide": (28, 28, 1),
     "resnet18": (32, 32, 3),
@@ -22,6 +23,7 @@ SHAPES = {
 # published.
 PARAMETERS = {
     "small-cnn": (9 * 16 + 16) + (9 * 16 * 32 + 32) + (128 * 64 + 64) + (64 * 10 + 10),
+    "small-cnn-bn": (9 * 16 + 32) + (9 * 16 * 32 + 64) + (128 * 64 + 64) + (64 * 10 + 10),
     "lenet5": 431_080,
     "lenet5-wide": (25 * 32 + 32) + (25 * 32 * 64 + 64) + (3136 * 512 + 512) + (512 * 10 + 10),
     "resnet18": 11_689_512 - 990 * (512 + 1) - 3 * 64 * (7 * 7 - 3 * 3),
