@@ -1,5 +1,6 @@
-"""Quantized layer inputs, and packed kernels, for any Flax NNX model, without editing it."""
+"""Quantized inputs and weights, packed kernels and batch norms of any Flax NNX model, unedited."""
 
+from quantjax.nnx.batch_norm import fold_batch_norm, reestimate_batch_norm
 from quantjax.nnx.input_layers import (
     LAYERS,
     ActQuant,
@@ -9,6 +10,7 @@ from quantjax.nnx.input_layers import (
     quantize_inputs,
 )
 from quantjax.nnx.packed_layers import PackedKernel, packed
+from quantjax.nnx.weights import QuantizedWeights, quantize_weights
 
 __all__ = [
     "LAYERS",
@@ -16,7 +18,11 @@ __all__ = [
     "PackedKernel",
     "QuantParam",
     "QuantStat",
+    "QuantizedWeights",
     "calibrate",
+    "fold_batch_norm",
     "packed",
     "quantize_inputs",
+    "quantize_weights",
+    "reestimate_batch_norm",
 ]
