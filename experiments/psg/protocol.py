@@ -73,21 +73,20 @@ class Protocol(NamedTuple):
     def scores(self, variables: Mapping, quantizer: Quantizer) -> dict:
         """Returns accuracies in percent at full and low precision, table A1's MSE, and the file.
 
-        The paper's low precision has the batch norms of the float network. "re-estimated" is the
-        accuracy with the statistics of training images under the rounded weights: that network is
-        the file.
+        The paper's low precision has the batch norms of the float network, and so has the file.
+        "re-estimated" is the accuracy with the statistics of training images under the rounded
+        weights.
         """
         shipped = deploy(variables, quantizer)
-        deployed = self.task.reestimated(shipped.variables)
         told = {"model": self.model, "dataset": self.task.dataset.name}
         found = {
-            "file": Network({**deployed, "params": shipped.encoded}, told),
+            "file": Network({**shipped.variables, "params": shipped.encoded}, told),
             "full precision": self.accuracy(variables),
             "low precision": self.accuracy(shipped.variables),
             "MSE": round(shipped.weight_error, 4),
         }
         if "batch_stats" in variables:
-            found["re-estimated"] = self.accuracy(deployed)
+            found["re-estimated"] = self.accuracy(self.task.reestimated(shipped.variables))
         return found
 
     def accuracy(self, variables: Mapping) -> float:

@@ -66,6 +66,37 @@ def momentum(value):
         raise ValueError(f"momentum must be in (0, 1], got {value!r}")
 
 
+def quantizer(value):
+    """Returns a Quantizer of weights; raises ValueError for anything else."""
+    has = [name for name in ("init", "apply", "encode", "update") if hasattr(value, name)]
+    if len(has) == 4:
+        return value
+    hint = {
+        ("init", "apply"): "; an InputQuantizer goes to linen.quantize_inputs, nnx.quantize_inputs",
+        ("init", "update"): "; an optimizer goes into optax.chain",
+    }
+    told = "an optimizer" if has == ["init", "update"] else repr(value)
+    raise ValueError(f"expected a Quantizer, got {told}{hint.get(tuple(has), '')}")
+
+
+def state(value):
+    """Returns a QuantState; raises ValueError for anything else."""
+    if not (hasattr(value, "learned") and hasattr(value, "buffers")):
+        raise ValueError(
+            "expected the QuantState that `init` or `update` returned (after the params), got "
+            f"{type(value).__name__}"
+        )
+    return value
+
+
+def patterns(value, what: str) -> dict:
+    """Returns {pattern: ...} as a dict; raises ValueError for anything but a filled mapping."""
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError(f"expected {what} with at least one pattern, got {value!r}")
+    paths_lib.check_patterns(value)
+    return dict(value)
+
+
 def is_concrete(value) -> bool:
     """True for what can be looked at here: neither traced nor partly on other processes."""
     if isinstance(value, jax.core.Tracer | jax.ShapeDtypeStruct):

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 
 from quantjax.core import checks, qarray
 from quantjax.core import paths as paths_lib
-from quantjax.core.quantizer import Quantizer, QuantState, described, owned_paths, restricted
+from quantjax.core.quantizer import (
+    Quantizer,
+    QuantState,
+    at,
+    described,
+    owned_paths,
+    restricted,
+)
 
 ROLES = (*paths_lib.WEIGHT_NAMES, "bias")
 
@@ -25,10 +32,11 @@ def partition(quantizers: Mapping[str, Quantizer | None]) -> Quantizer:
       ValueError: no patterns, or one that is no regex; at `init`, a pattern that matches nothing,
         is wholly shadowed, or whose quantizer owns none of its leaves.
     """
-    quantizers = dict(quantizers)
-    if not quantizers:
-        raise ValueError("partition needs at least one pattern")
-    paths_lib.check_patterns(quantizers)
+    quantizers = checks.patterns(quantizers, "{pattern: Quantizer or None}")
+    for pattern, quantizer in quantizers.items():
+        if quantizer is not None:
+            with at(f"pattern {pattern!r}"):
+                checks.quantizer(quantizer)
 
     def init(params, key=None):
         flat, _ = paths_lib.flatten(params)
@@ -107,6 +115,8 @@ def chain(*quantizers: Quantizer) -> Quantizer:
     """
     if not quantizers:
         raise ValueError("chain needs at least one quantizer")
+    for quantizer in quantizers:
+        checks.quantizer(quantizer)
 
     names = [str(index) for index in range(len(quantizers))]
 
@@ -205,11 +215,10 @@ def named(names: Mapping[str, str], quantizer: Quantizer) -> Quantizer:
       ValueError: no patterns, or other names; at `init`, a pattern that matches nothing or is
         wholly shadowed.
     """
-    names = dict(names)
-    paths_lib.check_patterns(names)
-    strange = [name for name in names.values() if name not in ROLES]
-    if not names or strange:
-        raise ValueError(f"named needs patterns, and names among {ROLES}; got {names}")
+    names = checks.patterns(names, "{pattern: name}")
+    checks.quantizer(quantizer)
+    if any(name not in ROLES for name in names.values()):
+        raise ValueError(f"names must be among {ROLES}, got {names}")
 
     def renamed(paths: Iterable[str]) -> dict[str, str]:
         """Returns {path: the path that the quantizer sees}."""

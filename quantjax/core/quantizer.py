@@ -176,6 +176,7 @@ def leafwise(
 
     def gather(params, state, key=None):
         """Returns {path: (leaf, learned, buffers, key)}, and what puts leaves in their place."""
+        checks.state(state)
         flat, rebuild = paths_lib.flatten(params)
         leaves = paths_lib.restrict(flat, state.buffers)
         unknown = [path for path in owns(flat) if path not in state.buffers]
@@ -225,7 +226,7 @@ def leafwise(
 
     def penalty_tree(state, *, key=None):
         total = jnp.zeros((), jnp.float32)
-        keys = paths_lib.leaf_keys(key, state.buffers)
+        keys = paths_lib.leaf_keys(key, checks.state(state).buffers)
         for path, buffers in state.buffers.items():
             mine = state.learned.get(path, {})
             with at(path):
@@ -262,6 +263,7 @@ def inputwise(init: Callable, apply: Callable, check: Callable | None = None) ->
 
     def apply_input(x, state, *, key=None, update=False):
         _check_input(x)
+        checks.state(state)
         with at(None):
             if check is not None:
                 check(*state)
@@ -329,7 +331,7 @@ def decay_mask(trainable, names: Mapping[str, str] | None = None):
 
 def owned_paths(state: QuantState) -> list[str]:
     """Returns the paths that a state owns."""
-    return list(dict.fromkeys([*state.buffers, *state.learned]))
+    return list(dict.fromkeys([*checks.state(state).buffers, *state.learned]))
 
 
 def restricted(state: QuantState, wanted) -> QuantState:

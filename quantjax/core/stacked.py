@@ -39,10 +39,9 @@ def stacked(quantizer: Quantizer, axes: Mapping[str, int]) -> Quantizer:
       ValueError: no patterns, or numbers below 0; at `init`, a pattern that matches nothing or is
         wholly shadowed, a leaf that has fewer axes.
     """
+    checks.quantizer(quantizer)
+    axes = checks.patterns(axes, "{pattern: leading axes}")
     axes = {pattern: checks.whole(f"axes of {pattern!r}", n, 0) for pattern, n in axes.items()}
-    if not axes:
-        raise ValueError("stacked needs at least one pattern")
-    paths_lib.check_patterns(axes)
 
     def depth(path):
         pattern = paths_lib.first_match(axes, path)

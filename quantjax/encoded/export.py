@@ -64,6 +64,8 @@ def export(
         raise ValueError(f"no platform is given; known are {', '.join(KNOWN)}")
     for platform in platforms:
         checks.choice("platform", platform, KNOWN)
+    if hasattr(apply, "apply"):
+        raise ValueError("apply is the model itself: pass model.apply")
     held = by_name(variables, lambda _, leaf: _held(leaf))
     trace = traced(apply, variables, example, batch)
     used = {name: held[name] for name in trace.used}

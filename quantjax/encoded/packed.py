@@ -262,6 +262,8 @@ def product(x, packed: Packed):
     Raises:
       ValueError: another shape.
     """
+    if not is_packed(packed):
+        raise ValueError(f"expected a leaf of what `pack` returned, got {type(packed).__name__}")
     if packed.ndim != 2 or x.shape[-1:] != packed.shape[:1]:
         raise ValueError(f"x {x.shape} and a packed leaf {packed.shape} have no product")
     mesh = meshes.explicit_mesh((x, packed))

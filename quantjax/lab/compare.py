@@ -203,7 +203,7 @@ def rows(settings: Settings, tell: Callable = print) -> Iterator[Result]:
             else:
                 state = None if plan.trained is None else plan.trained(outcome.opt_state)
                 shipped = deploy(variables, plan.deploy, state)
-            deployed = task.reestimated(shipped.variables)
+            deployed = engine.better_statistics(task, evaluate, shipped.variables)
             score = evaluate(deployed, dataset.test).accuracy
             packed = file(key, shipped.bits, shipped.encoded, deployed, score)
             yield Result(

@@ -128,6 +128,8 @@ def check_apply(fn, name):
     """Raises ValueError for a model, a quantizer or a jitted function in place of `model.apply`."""
     if isinstance(fn, nn.Module):
         raise ValueError(f"{name} is the model itself: pass model.apply")
+    if any(base.__module__.startswith("flax.nnx") for base in type(fn).__mro__):
+        raise ValueError(f"{name} is a model of NNX: it goes to quantjax.nnx")
     if not callable(fn):
         raise ValueError(
             f"{name} must be model.apply or a function that calls it, got {fn!r}; models of NNX go "

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from flax import linen as nn
 
+from quantjax.core import qarray
 from quantjax.encoded import packed as packed_lib
 from quantjax.linen.layers import apart, check_apply
 
@@ -27,7 +28,7 @@ def packed(apply_fn: Callable) -> Callable:
     The returned function has `apply_fn`'s signature. A Dense layer multiplies few rows by its
     packed kernel as it is, Embed decodes the rows that it gives; other layers, and those with a
     `dot_general` of their own, decode theirs where they are called, one at a time. Params may be
-    stacked for nn.scan and nn.vmap.
+    stacked for nn.scan and nn.vmap. Leaves that are encoded, but not packed, are decoded at once.
 
     Raises:
       ValueError: a jitted `apply_fn`; in the returned function: a Packed leaf (its path is named)
@@ -36,9 +37,9 @@ def packed(apply_fn: Callable) -> Callable:
     check_apply(apply_fn, "apply_fn")
 
     @functools.wraps(apply_fn)
-    def apply(*args, **kwargs):
+    def apply(variables, *args, **kwargs):
         with nn.intercept_methods(_outermost):
-            return apply_fn(*args, **kwargs)
+            return apply_fn(qarray.decode(variables), *args, **kwargs)
 
     return apply
 

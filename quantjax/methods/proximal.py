@@ -132,6 +132,7 @@ def proximal(
       ValueError: a pull that is no function; at `init`, a quantizer with learned leaves; in
         `update`, params missing.
     """
+    checks.quantizer(quantizer)
     if not callable(pull):
         raise ValueError(
             f"pull must be hard(), binary_relax(...), parq(...) or alike, got {pull!r}"

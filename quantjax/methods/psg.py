@@ -78,6 +78,7 @@ def scale_by_position(
         matches no owned leaf, or an owned leaf without a strength; in `update`, params missing,
         or weights that the target's state does not know.
     """
+    checks.quantizer(quantizer)
     strengths = dict(strength) if isinstance(strength, Mapping) else {".*": strength}
     paths.check_patterns(strengths)
     for pattern, value in strengths.items():

@@ -122,7 +122,7 @@ def test_decay_mask_takes_the_same_names():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ({}, "named needs patterns"),
+        ({}, "at least one pattern"),
         ({"Attn": "weight"}, "names among .*kernel.*got"),
         ({"[": "kernel"}, "no regex"),
     ],

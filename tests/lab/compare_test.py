@@ -154,13 +154,19 @@ def test_batch_norms_ship_with_the_statistics_of_the_quantized_weights(tmp_path)
     )
     saved = qj.decode(qj.load(tmp_path / "networks" / "sgd-2bits.safetensors"))
     float_net = qj.load(tmp_path / "networks" / "float-32bits.safetensors")
-    again = task.reestimated(saved)
-    for mine, expected in zip(jax.tree.leaves(saved), jax.tree.leaves(again), strict=True):
-        np.testing.assert_allclose(mine, expected, atol=1e-5)
     evaluate = engine.make_evaluate(task)
     assert row.quantized == evaluate(saved, task.dataset.test).accuracy
     running = {**saved, "batch_stats": float_net["batch_stats"]}
-    assert evaluate(running, task.dataset.test).accuracy < row.quantized
+    again = task.reestimated(running)
+    losses = [evaluate(way, task.dataset.train).loss for way in (running, again)]
+    assert losses[1] < losses[0]  # rounded to 2 bits, it is repaired
+    for mine, expected in zip(jax.tree.leaves(saved), jax.tree.leaves(again), strict=True):
+        np.testing.assert_allclose(mine, expected, atol=1e-5)
+    for way in (again, {**again, "params": float_net["params"]}):
+        better = engine.better_statistics(task, evaluate, way)
+        others = [way, task.reestimated(way)]
+        losses = [evaluate(one, task.dataset.train).loss for one in (better, *others)]
+        assert losses[0] == min(losses)
 
 
 def test_an_interruption_before_the_first_row_leaves_no_report(tmp_path, monkeypatch):

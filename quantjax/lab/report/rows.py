@@ -39,8 +39,9 @@ COLUMNS = (
     Column("full precision, %", "Test accuracy of the float weights that the method trained."),
     Column(
         "quantized, %",
-        "Test accuracy of the encoded network: what ships. Batch norms have the statistics of "
-        "2,000 training images under these very weights.",
+        "Test accuracy of the encoded network: what ships. Its batch norms have running "
+        "statistics, or those of 2,000 training images under these very weights, whichever has "
+        "the lower loss there.",
     ),
     Column(
         "size, kB",

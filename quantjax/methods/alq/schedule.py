@@ -88,8 +88,8 @@ def alq_rounds(
 
 def check_schedule(schedule: Sequence[Phase]):
     """Raises ValueError for no phases, kinds that are unknown or numbers out of range."""
-    if not schedule:
-        raise ValueError("the schedule has no phases")
+    if not isinstance(schedule, Sequence) or not schedule:
+        raise ValueError(f"a schedule is phases, as alq_rounds gives them; got {schedule!r}")
     for phase in schedule:
         if not isinstance(phase, Phase):
             raise ValueError(f"a schedule is a sequence of Phase, got {phase!r} in it")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from quantjax.core import meshes, optimizer_states, paths, qarray, rounding
+from quantjax.core import checks, meshes, optimizer_states, paths, qarray, rounding
 from quantjax.core.quantizer import Quantizer, QuantState
 from quantjax.methods import amsgrad
 from quantjax.methods.alq import bases as bases_lib
@@ -73,8 +73,9 @@ def alq(
         the quantizer does not own or does not encode as MultiBit, or a schedule that would prune
         everything; in `update`, params or gradients of another tree.
     """
-    schedule = tuple(schedule)
+    checks.quantizer(quantizer)
     check_schedule(schedule)
+    schedule = tuple(schedule)
     if preselect is not None:
         steps.check_preselect(preselect)
     for name, value in (("b1", b1), ("b2", b2)):
