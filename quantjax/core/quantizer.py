@@ -222,7 +222,8 @@ def leafwise(
         def one(leaf, learned, buffers, key):
             return meshes.typed_as(buffers, update, leaf, learned, buffers, key)
 
-        return state._replace(buffers=each(gather(params, state, key)[0], one))
+        moved = each(gather(params, state, key)[0], one)
+        return state._replace(buffers=moved)
 
     def penalty_tree(state, *, key=None):
         total = jnp.zeros((), jnp.float32)

@@ -123,7 +123,7 @@ def test_decay_mask_takes_the_same_names():
     ("names", "message"),
     [
         ({}, "at least one pattern"),
-        ({"Attn": "weight"}, "names among .*kernel.*got"),
+        ({"Attn": "weight"}, "names must be among .*kernel.*got"),
         ({"[": "kernel"}, "no regex"),
     ],
 )
