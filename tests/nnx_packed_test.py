@@ -109,6 +109,18 @@ def test_inputs_are_quantized_on_either_side(models, rows):
         close(model(x, tokens), expected(x, tokens))
 
 
+def test_steps_of_quantized_inputs_stay_what_they_are():
+    model = qj.nnx.quantize_inputs(
+        nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0))), qj.lsq_input(4)
+    )
+    qj.nnx.calibrate(model, jnp.ones((2, 4)))
+    params, quantizer = nnx.state(model, nnx.Param), qj.uniform(4)
+    packed = qj.nnx.packed(model, qj.pack(quantizer.encode(params, quantizer.init(params))))
+    kinds = [jax.tree.leaves(nnx.state(net, qj.nnx.QuantParam)) for net in (model, packed)]
+    assert len(kinds[0]) == len(kinds[1]) == 1
+    assert kinds[0] == kinds[1]
+
+
 def test_plain_and_encoded_leaves_and_those_that_are_missing():
     model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 2, rngs=nnx.Rngs(1)))
     quantizer = qj.uniform(4)

@@ -19,13 +19,7 @@ from quantjax.encoded import storage
 from quantjax.lab import recipes
 
 BAR = 5.0  # seconds
-COMMAND = [
-    sys.executable,
-    "-c",
-    # A job in the background of a shell is started with SIGINT ignored.
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "from quantjax_command import command; command()",
-]
+COMMAND = [sys.executable, "-c", "from quantjax_command import command; command()"]
 RECIPE = '''
 """Steps of a network large enough that a chunk of them takes long."""
 
@@ -52,6 +46,8 @@ def main():
     parser.add_argument("--tries", type=int, default=10)
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
+    # Children ignore what this process ignores, as it does as a job in the background of a shell.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     draw = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

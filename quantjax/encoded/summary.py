@@ -72,7 +72,8 @@ class Summary:
     def __str__(self):
         from rich.console import Console
 
-        console = Console(width=100, color_system=None)
+        # Not as in Jupyter, where rich would show it, too.
+        console = Console(width=100, color_system=None, force_jupyter=False)
         with console.capture() as capture:
             console.print(self)
         return capture.get().rstrip()

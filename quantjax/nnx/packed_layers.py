@@ -67,7 +67,8 @@ def packed(model: nnx.Module, params) -> nnx.Module:
         if tuple(leaf.shape) != shape:
             raise ValueError(f"{path} has shape {tuple(leaf.shape)}, the model's {shape}")
         kept = packed_lib.is_packed(leaf)
-        new = PackedKernel(leaf) if kept else nnx.Param(packed_lib.unpacked(leaf))
+        kind = nnx.Param if isinstance(old, PackedKernel) else type(old)
+        new = PackedKernel(leaf) if kept else kind(packed_lib.unpacked(leaf))
         # A tied weight lies in several places, of which params name one.
         for module, name in places.values():
             if getattr(module, name) is not old:
