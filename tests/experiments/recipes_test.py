@@ -17,6 +17,11 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SCORES = {"low precision", "sparse", "error"}
 RECIPES = sorted(recipes.known_recipes())
+# They run the code of others at other settings, which tests of settings ask for: slow ones alone.
+ALIKE = {
+    *("alq_table1", "alq_table2", "alq_table3", "fq_cifar10", "fq_table_a7"),
+    *("psg_table_a8", "srq_table3", "srq_mnist_widths"),
+}
 
 
 class Tiny(nn.Module):
@@ -68,7 +73,7 @@ def check(name, folder):
         assert all(math.isfinite(v) for v in row.values() if isinstance(v, float))
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - ALIKE))
 def test_recipe_begins_and_records(name, tiny, monkeypatch, tmp_path):
     """The first rows, until one has a score: every method compiles programs of its own."""
     load = recipes.load

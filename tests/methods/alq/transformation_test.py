@@ -308,7 +308,7 @@ def bad(kind="basis", count=1, rate=0.1, keep=1.0):
 @pytest.mark.parametrize(
     ("schedule", "kwargs", "message"),
     [
-        ([], {}, "no phases"),
+        ([], {}, "phases, as alq_rounds gives them"),
         (bad("bases"), {}, "kind must be one of"),
         (bad(count=0), {}, "steps must be"),
         (bad(count=1.5), {}, "steps must be"),
