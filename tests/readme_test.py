@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from quantjax.lab.report import records
 
 ROOT = Path(__file__).parents[1]
@@ -17,6 +19,20 @@ def test_snippets_run_in_order(capsys, tmp_path, monkeypatch, quick_programs):
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
     assert "Grid" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["uniform", "lsq", "pact", "dorefa", "rq"])
+def test_the_loop_of_learned_grids_takes_any_input_quantizer(name, quick_programs):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    setting, loop = blocks[0], next(block for block in blocks if "def step(" in block)
+    learned = next(block for block in blocks if "def srq_step(" in block)
+    other = learned.replace("qj.srq_input(bits=3)", f"qj.{name}_input(bits=3)")
+    assert other != learned
+    namespace = {}
+    for block in (setting, loop, other):
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert namespace["encoded"]
 
 
 def test_the_two_commands_are_the_ones_of_ci():
