@@ -4,7 +4,7 @@ Both trace the model with names (`mark`) at the variables and outputs of its lay
 norms; what may be folded is read off the traced program, which shows every use of a value.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
+from quantjax import batch_norms
 from quantjax.core import meshes
 
 PREFIX = "quantjax fold|"
@@ -79,6 +80,24 @@ def pairs(program: core.ClosedJaxpr, leaves: Mapping, variables: Mapping, why: M
         except ValueError as error:
             reasons[norm] = str(error)
     return found, reasons
+
+
+def changed(pairs: Mapping, values: Callable, epsilons: Mapping) -> dict:
+    """Returns {path of a layer or batch norm: {name: array after folding}}, on the old devices.
+
+    Args:
+      pairs: {path of a batch norm: path of its layer}.
+      values: path -> {name: array}.
+      epsilons: {path of a batch norm: its epsilon}.
+    """
+    old = {norm: (values(layer), values(norm)) for norm, layer in pairs.items()}
+    new = folded({norm: (*both, epsilons[norm]) for norm, both in old.items()})
+    new = batch_norms.as_before(new, old)
+    return {
+        path: part
+        for norm, layer in pairs.items()
+        for path, part in zip((layer, norm), new[norm], strict=True)
+    }
 
 
 @jax.jit

@@ -14,15 +14,7 @@ BITS, STRENGTH = 2, 20.0
 
 def run(context):
     """Yields, per seed, SGD's rounding at both steps, and PSG."""
-    parts = protocol.make(
-        context,
-        "mnist",
-        "small-cnn-bn",
-        rates={0: 0.03, 4: 0.01, 5: 0.002},
-        switch=4,
-        end=6,
-        augment=False,
-    )
+    parts = protocol.mnist(context, "small-cnn-bn")
     for seed in context.seeds:
         start = parts.plain(seed)
         plain = parts.late("sgd", protocol.sgd, start, seed)

@@ -13,7 +13,7 @@ import quantjax as qj
 from quantjax import linen
 from quantjax.core.quantizer import Quantizer
 from quantjax.lab import data, models
-from quantjax.lab.deploy import deploy
+from quantjax.lab.deploy import deploy, reestimated
 from quantjax.lab.models.torch_import import import_state_dict, load_torch
 from quantjax.lab.recipes import Context, Network
 from quantjax.lab.train import engine
@@ -86,7 +86,7 @@ class Protocol(NamedTuple):
             "MSE": round(shipped.weight_error, 4),
         }
         if "batch_stats" in variables:
-            found["re-estimated"] = self.accuracy(self.task.reestimated(shipped.variables))
+            found["re-estimated"] = self.accuracy(reestimated(self.task, shipped.variables))
         return found
 
     def accuracy(self, variables: Mapping) -> float:
@@ -167,12 +167,12 @@ def grid(bits: int, *, momentum: float | None = None, ends: int | None = None) -
     return qj.partition({"Conv_0": outer, "Dense_0": outer, ".*(kernel|bias)": inner})
 
 
-def mnist(context: Context) -> Protocol:
-    """Returns LeNet-5 (20-50-500) on MNIST for six epochs, the last two at smaller rates."""
+def mnist(context: Context, model: str = "lenet5") -> Protocol:
+    """Returns LeNet-5 (20-50-500), or another, on MNIST: six epochs, the last two slower."""
     return make(
         context,
         "mnist",
-        "lenet5",
+        model,
         rates={0: 0.03, 4: 0.01, 5: 0.002},
         switch=4,
         end=6,

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from quantjax.encoded import storage
 from quantjax.lab import data, interrupts, methods, models
-from quantjax.lab.deploy import deploy
+from quantjax.lab.deploy import better_statistics, deploy
 from quantjax.lab.recipes import check_writable, versions
 from quantjax.lab.report import files, plots
 from quantjax.lab.report.rows import Result, table
@@ -203,7 +203,7 @@ def rows(settings: Settings, tell: Callable = print) -> Iterator[Result]:
             else:
                 state = None if plan.trained is None else plan.trained(outcome.opt_state)
                 shipped = deploy(variables, plan.deploy, state)
-            deployed = engine.better_statistics(task, evaluate, shipped.variables)
+            deployed = better_statistics(task, evaluate, shipped.variables)
             score = evaluate(deployed, dataset.test).accuracy
             packed = file(key, shipped.bits, shipped.encoded, deployed, score)
             yield Result(

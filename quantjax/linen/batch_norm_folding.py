@@ -69,12 +69,8 @@ def fold_batch_norm(apply: Callable, variables: Mapping, x, **kwargs) -> dict:
     def values(path):
         return {name: leaves[leaf] for name, leaf in variables_of[path].items()}
 
-    old = {norm: (values(layer), values(norm)) for norm, layer in pairs.items()}
-    new = folding.folded({norm: (*both, epsilons[norm]) for norm, both in old.items()})
-    new = batch_norms.as_before(new, old)
-    for norm, layer in pairs.items():
-        for path, changed in zip((layer, norm), new[norm], strict=True):
-            leaves |= {variables_of[path][name]: value for name, value in changed.items()}
+    for path, changed in folding.changed(pairs, values, epsilons).items():
+        leaves |= {variables_of[path][name]: value for name, value in changed.items()}
     return rebuild(leaves)
 
 

@@ -137,13 +137,10 @@ def fold_batch_norm(model: nnx.Module, x, **kwargs) -> nnx.Module:
     def values(path):
         return {name: getattr(modules[path], name)[...] for name in variables_of[path]}
 
-    old = {norm: (values(layer), values(norm)) for norm, layer in pairs.items()}
-    new = folding.folded({norm: (*both, modules[norm].epsilon) for norm, both in old.items()})
-    new = batch_norms.as_before(new, old)
-    for norm, layer in pairs.items():
-        for path, changed in zip((layer, norm), new[norm], strict=True):
-            for name, value in changed.items():
-                getattr(modules[path], name)[...] = value
+    epsilons = {norm: modules[norm].epsilon for norm in pairs}
+    for path, changed in folding.changed(pairs, values, epsilons).items():
+        for name, value in changed.items():
+            getattr(modules[path], name)[...] = value
     return model
 
 

@@ -11,6 +11,7 @@ import pytest
 import quantjax as qj
 from quantjax.lab import compare, data, interrupts, methods, models
 from quantjax.lab.compare import Settings
+from quantjax.lab.deploy import better_statistics, reestimated
 from quantjax.lab.report import plots
 from quantjax.lab.train import engine, phases
 from tests.lab.train import toy_task
@@ -157,14 +158,14 @@ def test_batch_norms_ship_with_the_statistics_of_the_quantized_weights(tmp_path)
     evaluate = engine.make_evaluate(task)
     assert row.quantized == evaluate(saved, task.dataset.test).accuracy
     running = {**saved, "batch_stats": float_net["batch_stats"]}
-    again = task.reestimated(running)
+    again = reestimated(task, running)
     losses = [evaluate(way, task.dataset.train).loss for way in (running, again)]
     assert losses[1] < losses[0]  # rounded to 2 bits, it is repaired
     for mine, expected in zip(jax.tree.leaves(saved), jax.tree.leaves(again), strict=True):
         np.testing.assert_allclose(mine, expected, atol=1e-5)
     for way in (again, {**again, "params": float_net["params"]}):
-        better = engine.better_statistics(task, evaluate, way)
-        others = [way, task.reestimated(way)]
+        better = better_statistics(task, evaluate, way)
+        others = [way, reestimated(task, way)]
         losses = [evaluate(one, task.dataset.train).loss for one in (better, *others)]
         assert losses[0] == min(losses)
 

@@ -6,7 +6,8 @@ import pytest
 import quantjax as qj
 from experiments.psg import table_a1
 from quantjax.lab import models
-from quantjax.lab.deploy import deploy
+from quantjax.lab.deploy import deploy, reestimated
+from tests.lab.train import toy_task
 
 
 def network():
@@ -95,3 +96,18 @@ def test_a_quantizer_without_a_grid_ships_floats():
     shipped = deploy(network(), qj.zero())
     assert shipped.bits == 32
     assert shipped.weight_error == pytest.approx((9 + 1.5625 + 4 + 0.0625 + 2.25 + 42.25) / 2)
+
+
+def test_batch_norms_are_reestimated_on_training_images():
+    task = toy_task.make(train=64)
+    variables = task.init(0)
+    other = {**variables, "params": jax.tree.map(lambda x: 2 * x, variables["params"])}
+    found = reestimated(task, other)
+    x = task.inputs(task.dataset.train.images).reshape(64, -1)
+    y = x @ other["params"]["Dense_0"]["kernel"] + other["params"]["Dense_0"]["bias"][None]
+    stats = found["batch_stats"]["BatchNorm_0"]
+    np.testing.assert_allclose(stats["mean"], y.mean(0), atol=1e-4)
+    np.testing.assert_allclose(stats["var"], y.var(0), rtol=1e-4)
+    assert found["params"] is other["params"]
+    plain = toy_task.make(batch_norm=False)
+    assert reestimated(plain, plain.init(0)).keys() == {"params"}

@@ -66,10 +66,11 @@ def replaced(page: str, text: str) -> str:
 
 def markdown(records: list[dict]) -> str:
     """Returns a table per record: mean and deviation over seeds, the paper's numbers below ours."""
-    return "\n\n".join(map(_section, records))
+    sources = recipes.known_recipes()
+    return "\n\n".join(_section(record, sources.get(record["experiment"])) for record in records)
 
 
-def _section(record: dict) -> str:
+def _section(record: dict, source: Path | None) -> str:
     groups = {}
     for row in record["rows"]:
         if any(name in row for name in COLUMNS) and "seed" in row:
@@ -99,16 +100,15 @@ def _section(record: dict) -> str:
         # Recipes that follow a table are named after it: psg_table_a1, srq_table3.
         whose = "paper" if "_table" in record["experiment"] else "recipe"
         notes.insert(0, f"**every phase shortened to {record['scale']:g} of the {whose}'s**")
-    if _is_of_another_version(record):
+    if _is_of_another_version(record, source):
         notes.insert(0, "**made by another version of the recipe**")
     if not record["complete"]:
         notes.insert(0, "**interrupted**")
     return f"**{record['title']}**\n{', '.join(notes)}: `{record['command']}`\n\n{table}"
 
 
-def _is_of_another_version(record: dict) -> bool:
+def _is_of_another_version(record: dict, source: Path | None) -> bool:
     """True where the recipe is here and does something else; old records do not say."""
-    source = recipes.known_recipes().get(record["experiment"])
     made_by = record.get("recipe")
     return None not in (source, made_by) and made_by != recipe_version.digest(source)
 

@@ -16,8 +16,6 @@ from quantjax.core.quantizer import InputQuantizer, Quantizer, QuantState
 from quantjax.lab import data as data_lib
 from quantjax.lab.train.progress import Progress
 
-REESTIMATED = 2000  # training images for the statistics of batch norms after quantization
-
 
 class Method(NamedTuple):
     """How a phase trains: what is quantized in the forward pass, and how it descends."""
@@ -67,20 +65,6 @@ class Task(NamedTuple):
         """Returns the model's variables, initialised by a seed."""
         example = self.inputs(self.dataset.train.images[:1])
         return jax.jit(self.model.init)(jax.random.key(seed), example)
-
-    def reestimated(self, variables: Mapping, input_quantizer=None) -> dict:
-        """Returns variables with batch norms' statistics of the first training images.
-
-        They are those of the weights at hand: what was rounded after training has others than its
-        float network. Without batch norms nothing changes.
-        """
-        if "batch_stats" not in variables:
-            return dict(variables)
-        size = max(1, min(REESTIMATED, len(self.dataset.train.images)) // 4)
-        images = self.dataset.train.images[: 4 * size]
-        batches = [self.inputs(images[at : at + size]) for at in range(0, len(images), size)]
-        apply = model_apply(self.model, input_quantizer)
-        return linen.reestimate_batch_norm(apply, variables, batches, train=False)
 
 
 def model_apply(model: nn.Module, input_quantizer) -> Callable:
@@ -333,23 +317,6 @@ def make_evaluate(task: Task, input_quantizer=None, batch_size: int = 500) -> Ca
         return Score(float(loss / count), float(100 * correct / count))
 
     return evaluate
-
-
-def better_statistics(task: Task, evaluate: Callable, variables: Mapping) -> dict:
-    """Returns variables with batch norms as they are, or re-estimated, by the training images.
-
-    Re-estimation repairs what rounding has shifted; where little has, running statistics are as
-    good. The loss on the images of the re-estimation decides; of equals what there is stays.
-
-    Args:
-      task, variables: as in `Task.reestimated`.
-      evaluate: of `make_evaluate`.
-    """
-    if "batch_stats" not in variables:
-        return dict(variables)
-    seen = data_lib.Split(*(part[:REESTIMATED] for part in task.dataset.train))
-    ways = variables, task.reestimated(variables)
-    return dict(min(ways, key=lambda way: evaluate(way, seen).loss))
 
 
 def _no_totals() -> dict:

@@ -4,7 +4,7 @@ import pytest
 import quantjax as qj
 from experiments.psg import protocol
 from quantjax.lab import data
-from quantjax.lab.deploy import deploy
+from quantjax.lab.deploy import deploy, reestimated
 from quantjax.lab.recipes import Context
 from quantjax.lab.train import engine
 from tests.experiments.recipes_test import Tiny, noise
@@ -68,7 +68,7 @@ def test_late_continues_from_the_switch_and_shares_a_program():
     assert parts.compiled["psg"].one._cache_size() == 1
     scores = parts.scores(start, protocol.grid(2))
     assert set(scores) == {"file", "full precision", "low precision", "MSE", "re-estimated"}
-    again = parts.task.reestimated(deploy(start, protocol.grid(2)).variables)
+    again = reestimated(parts.task, deploy(start, protocol.grid(2)).variables)
     assert scores["re-estimated"] == parts.accuracy(again)
     assert isinstance(parts.task.dataset.train, data.Split)
 
