@@ -191,8 +191,8 @@ def _fit(leaves, limits, keys, sampled, min_separation, *, search) -> dict:
     Only what must read the weights is done leaf by leaf; all else is of shape [leaves], which is
     a fraction of the compiling. Whether components are sampled is data, for the same reason.
     """
-    sums = [mixture_lib.bin_sums(leaf) for leaf in leaves.values()]
-    hists = mixture_lib.of_sums(*(jnp.stack(parts) for parts in zip(*sums, strict=True)))
+    places = [mixture_lib.bin_places(leaf) for leaf in leaves.values()]
+    hists = mixture_lib.of_places(*(jnp.stack(parts) for parts in zip(*places, strict=True)))
     mixtures, moments = mixture_lib.fit(hists), mixture_lib.moments(hists)
     limit = jnp.stack([jnp.squeeze(limits[path]) for path in leaves])
     recentred = mixture_lib.separation(mixtures, moments.variance) >= min_separation

@@ -49,38 +49,48 @@ class Moments(NamedTuple):
 def histogram(w, mask=None) -> Histogram:
     """Returns the histogram of w where it is not zero and the mask is True.
 
-    Only the sums cross devices; magnitudes below the smallest normal number count as zero.
+    Only the sums cross devices; magnitudes below the smallest normal number count as zero, and
+    those of more than 20 octaves below the largest as the smallest that has a bin.
     """
-    return of_sums(*bin_sums(w, mask))
+    return of_places(*bin_places(w, mask))
 
 
-def bin_sums(w, mask=None):
-    """Returns what a leaf's histogram is made of: sums per bin, [2 BINS, 3], and the first bin."""
+def bin_places(w, mask=None):
+    """Returns what a leaf's histogram is made of, [2 BINS, 3], and the first bin.
+
+    That is the count of every bin, and mean and variance of the places in it, which are 0..1.
+    Sums are of whole numbers: the same however a leaf is spread over devices.
+    """
     w = w.astype(jnp.float32)
     size = jnp.abs(w)
     mine = size >= jnp.finfo(jnp.float32).tiny
     mine = mine if mask is None else mine & jnp.asarray(mask, bool)
-    key = order_statistics.magnitude_keys(jnp.where(mine, size, 0)) >> DROPPED
-    lowest = jnp.maximum(jnp.max(key) - BINS + 1, 0)
-    bin_of = jnp.maximum(key - lowest, 0)
-    start = order_statistics.magnitude_of((bin_of + lowest) << DROPPED)
-    one = mine.astype(jnp.float32)
-    beyond = one * (size - start)  # sums of the rest of a magnitude lose no digits
-    index = bin_of + jnp.where(w > 0, BINS, 0)
-    sums = jnp.zeros((2 * BINS, 3), jnp.float32)
-    return sums.at[index].add(jnp.stack([one, beyond, beyond * beyond], axis=-1)), lowest
+    key = order_statistics.magnitude_keys(jnp.where(mine, size, 0))
+    lowest = jnp.maximum(jnp.max(key >> DROPPED) - BINS + 1, 0)
+    beyond = jnp.maximum(key - (lowest << DROPPED), 0)
+    index = (beyond >> DROPPED) + jnp.where(w > 0, BINS, 0)
+    # So few bits of a place, and of its square, that no sum overflows with all weights in one bin.
+    room = max(31 - w.size.bit_length(), 0)
+    bits, less = min(DROPPED, room), min(DROPPED, room // 2)
+    place = beyond & ((1 << DROPPED) - 1)
+    fine, coarse = place >> (DROPPED - bits), place >> (DROPPED - less)
+    each = jnp.stack([jnp.ones_like(key), fine, coarse, coarse * coarse], axis=-1)
+    sums = jnp.zeros((2 * BINS, 4), jnp.int32).at[index].add(jnp.where(mine[..., None], each, 0))
+    sums = sums.astype(jnp.float32)
+    _, mean, about, square = jnp.moveaxis(sums / jnp.maximum(sums[:, :1], 1), -1, 0)
+    middle = 0.5 if bits < DROPPED else 0  # what was cut off, on average
+    parts = sums[:, 0], (mean + middle) / 2**bits, (square - about**2) / 4**less
+    return jnp.stack(parts, axis=-1), lowest
 
 
-def of_sums(sums, lowest) -> Histogram:
-    """Returns the histograms of `bin_sums`, stacked along leading axes or not."""
-    count, first, second = jnp.moveaxis(sums, -1, 0)
-    full = jnp.maximum(count, 1)
+def of_places(places, lowest) -> Histogram:
+    """Returns the histograms of `bin_places`, stacked along leading axes or not."""
+    count, mean, variance = jnp.moveaxis(places, -1, 0)
     bins = lax.broadcasted_iota(jnp.int32, (*lowest.shape, BINS), lowest.ndim) + lowest[..., None]
     starts = order_statistics.magnitude_of(bins << DROPPED)
-    mean = first / full
-    signed = -starts - mean[..., :BINS], starts + mean[..., BINS:]
-    variance = jnp.maximum(second / full - mean**2, 0)
-    return Histogram(count, jnp.concatenate(signed, axis=-1), variance)
+    width = order_statistics.magnitude_of((bins + 1) << DROPPED) - starts
+    starts, width = jnp.concatenate([-starts, starts], -1), jnp.concatenate([-width, width], -1)
+    return Histogram(count, starts + mean * width, jnp.maximum(variance, 0) * width**2)
 
 
 _histogram = jax.jit(histogram)
@@ -99,7 +109,10 @@ def fit(hist: Histogram) -> Mixture:
     Layers without negative or without positive weights give a finite mixture without meaning.
     """
     total = jnp.sum(hist.count, axis=-1)[..., None]
-    floor = jnp.maximum(FLOOR * _gaussian(hist, 1.0)[1], jnp.finfo(jnp.float32).tiny)[..., None]
+    mean, variance, _ = _gaussian(hist, 1.0)
+    number = jnp.finfo(jnp.float32)  # it tells nothing narrower apart
+    floor = jnp.maximum(FLOOR * variance, (number.eps * mean) ** 2)
+    floor = jnp.maximum(floor, number.tiny)[..., None]
 
     def maximize(positive):
         """Returns the parameters, each [..., 2], given the posterior of c+ of every bin."""

@@ -128,15 +128,24 @@ def test_layers_fitted_together_are_the_layers_fitted_apart():
             np.testing.assert_allclose(part[i], alone, rtol=1e-4)
 
 
-def test_the_histogram_keeps_the_moments():
-    w = np.random.default_rng(0).normal(size=(SIZE,)).astype(np.float32) + 0.3
+@pytest.mark.parametrize("size", [SIZE, 1 << 21])
+def test_the_histogram_does_not_depend_on_the_order(size):
+    """So its sums are the same on every mesh, and so is what is fitted to them."""
+    w = np.random.default_rng(0).standard_t(2, size).astype(np.float32)
+    for a, b in zip(*(jax.jit(mixture_lib.histogram)(x) for x in (w, np.sort(w))), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("size", [SIZE, 1 << 21])
+def test_the_histogram_keeps_the_moments(size):
+    w = np.random.default_rng(0).normal(size=(size,)).astype(np.float32) + 0.3
     hist = jax.jit(mixture_lib.histogram)(w)
-    assert float(hist.count.sum()) == SIZE
+    assert float(hist.count.sum()) == size
     exact = np.float64(w)
     assert float((hist.count * hist.mean).sum()) == pytest.approx(exact.sum(), rel=1e-5)
     moments = mixture_lib.moments(hist)
     assert float(moments.variance) == pytest.approx(exact.var(), rel=1e-5)
-    assert (int(moments.count), int(moments.negative)) == (SIZE, np.sum(w < 0))
+    assert (int(moments.count), int(moments.negative)) == (size, np.sum(w < 0))
 
 
 @pytest.mark.parametrize(
@@ -145,6 +154,11 @@ def test_the_histogram_keeps_the_moments():
 def test_degenerate_layers_are_finite(w):
     for part in fit_mixture(jnp.asarray(w.ravel(), jnp.float32)):
         assert np.all(np.isfinite(part))
+
+
+def test_equal_weights_have_no_variance():
+    hist = jax.jit(mixture_lib.histogram)(np.full(1 << 21, 0.3, np.float32))
+    assert float(mixture_lib.moments(hist).variance) == 0
 
 
 def test_two_spikes():
