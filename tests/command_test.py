@@ -14,7 +14,7 @@ FIRST = """
 import signal, sys, time, types
 signal.signal(signal.SIGINT, signal.default_int_handler)
 import quantjax_command
-quantjax_command.watch.__defaults__ = (0.2,)
+quantjax_command.PATIENCE = 0.2
 
 def ready():
     print("ready", flush=True)

@@ -13,7 +13,7 @@ from experiments.alq import training
 from quantjax.lab import data, models
 from quantjax.lab.models import dead_channels
 from quantjax.lab.recipes import Context, Network
-from quantjax.lab.train import engine
+from quantjax.lab.train import engine, evaluation, tasks
 
 # L2 norm on the coordinates (section 3.3). The paper has no number; its public code's is 0 unless
 # one is given.
@@ -25,7 +25,7 @@ class Protocol(NamedTuple):
     """Data and network of a table."""
 
     context: Context
-    task: engine.Task  # without the validation images
+    task: tasks.Task  # without the validation images
     validation: data.Split
     evaluate: Callable
     batch_size: int
@@ -144,12 +144,14 @@ def make(
     loaded = context.load(dataset)
     count = min(validation, len(loaded.train.labels) // 6)
     rest, held_out = data.holdout(loaded.train, count, seed)
-    task = engine.Task(models.build(model, loaded.classes), loaded._replace(train=rest), augment)
+    task = tasks.classification(
+        models.build(model, loaded.classes), loaded._replace(train=rest), augment
+    )
     return Protocol(
         context,
         task,
         held_out,
-        engine.make_evaluate(task),
+        evaluation.make_evaluate(task),
         batch_size,
         float_epochs,
         float_rate,

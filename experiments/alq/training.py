@@ -12,7 +12,7 @@ import quantjax as qj
 from quantjax.core import paths, qarray
 from quantjax.core.quantizer import Quantizer
 from quantjax.lab import data
-from quantjax.lab.train import engine
+from quantjax.lab.train import checkpoints, engine, evaluation, tasks
 from quantjax.methods.alq.transformation import find_alq
 
 CONV_AXES = {"channelwise": (-4, -3, -2), "kernelwise": (-4, -3), "pixelwise": -2}
@@ -92,7 +92,7 @@ def optimizer(params, quantizer: Quantizer, schedule: Sequence, rest_rate=1e-4, 
 
 
 def train(
-    task: engine.Task,
+    task: tasks.Task,
     validation: data.Split,
     variables: Mapping,
     quantizer: Quantizer,
@@ -116,12 +116,31 @@ def train(
     state = engine.init_state(task, variables, method, seed)
     # Gradients are to be taken at the sketch.
     state = state._replace(params=engine.copied(qj.alq_params(state.opt_state, state.params)))
-    evaluate = engine.make_evaluate(task)
+    evaluate = evaluation.make_evaluate(task)
     ends = np.cumsum([phase.steps for phase in schedule])
     pruned = max([end for end, p in zip(ends, schedule, strict=True) if p.kind == "prune"] or [0])
-    history, best, kept = [], -1.0, None
     total = int(ends[-1])
-    reports = engine.train(
+
+    def exact(state):
+        """Returns the variables at their multi-bit values, and those of the quantizer."""
+        params = qj.alq_params(state.opt_state, state.params)
+        return {**state.variables, "params": params}, qj.alq_state(state.opt_state)
+
+    seen = checkpoints.Seen([], {"best": engine.copied(exact(state))})
+
+    def observe(report):
+        now = exact(report.state)
+        score = evaluate(now[0], validation).accuracy
+        kind = schedule[min(np.searchsorted(ends, report.steps), len(schedule) - 1)].kind
+        bits = round(_average_bits(report.state.opt_state), 4)
+        eligible = [point for point in map(Point._make, seen.history) if point.step > pruned]
+        if report.steps >= min(pruned + 1, total) and score > max(
+            [point.score for point in eligible], default=-1.0
+        ):
+            seen.kept["best"] = engine.copied(now)
+        seen.history.append(Point(kind, report.steps, report.loss, bits, score))
+
+    engine.run(
         task,
         engine.make_steps(task, method),
         state,
@@ -130,18 +149,12 @@ def train(
         seed=seed,
         every=every,
         label="alq",
+        observe=observe,
+        seen=seen,
     )
-    for report in reports:
-        state = report.state
-        exact = {**state.variables, "params": qj.alq_params(state.opt_state, state.params)}
-        score = evaluate(exact, validation).accuracy
-        kind = schedule[min(np.searchsorted(ends, report.steps), len(schedule) - 1)].kind
-        bits = _average_bits(state.opt_state)
-        history.append(Point(kind, report.steps, report.loss, round(bits, 4), score))
-        if report.steps >= min(pruned + 1, total) and score > best:
-            best, kept = score, engine.copied((exact, qj.alq_state(state.opt_state)))
-    exact, quant = kept
-    return Outcome(exact, quantizer.encode(exact["params"], quant), tuple(history))
+    variables, quant = seen.kept["best"]
+    history = tuple(map(Point._make, seen.history))
+    return Outcome(variables, quantizer.encode(variables["params"], quant), history)
 
 
 def by_layer(encoded) -> dict:

@@ -16,7 +16,7 @@ import optax
 import quantjax as qj
 from quantjax.lab import data, models
 from quantjax.lab.recipes import benchmark
-from quantjax.lab.train import engine
+from quantjax.lab.train import engine, tasks
 
 BAR = 1.05
 
@@ -34,7 +34,7 @@ def main():
     labels = rng.integers(0, 100, arguments.batch, dtype=np.int32)
     split = data.Split(images, labels)
     dataset = data.Dataset("noise", split, split, 100, (0.5,) * 3, (0.25,) * 3)
-    task = engine.Task(models.build("resnet32", 100), dataset, augment=True)
+    task = tasks.classification(models.build("resnet32", 100), dataset, augment=True)
     variables = task.init(0)
     descend = [optax.add_decayed_weights(1e-4), optax.sgd(0.01, momentum=0.9)]
     target = qj.uniform(4, momentum=0.1, biases=True)

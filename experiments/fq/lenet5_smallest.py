@@ -15,7 +15,7 @@ from experiments.fq import lenet5_file, narrow_networks, sparse_networks
 from experiments.psg import protocol
 from quantjax.encoded import storage
 from quantjax.lab import recipes
-from quantjax.lab.train import engine
+from quantjax.lab.train import evaluation
 
 TITLE = "The smallest file on MNIST: LeNet-5 20-50-500, surgery on, then LSQ"
 WIDTHS = (12, 28, 150)  # of 20, 50 and 500
@@ -66,7 +66,7 @@ def narrower(parts, variables):
     """Returns the protocol with the model of these variables."""
     widths = narrow_networks.features(variables["params"])
     task = parts.task._replace(model=parts.task.model.clone(features=widths))
-    return parts._replace(task=task, evaluate=engine.make_evaluate(task), compiled={})
+    return parts._replace(task=task, evaluate=evaluation.make_evaluate(task), compiled={})
 
 
 def without_loose_ends(pruned: sparse_networks.Pruned) -> sparse_networks.Pruned:

@@ -16,14 +16,14 @@ from quantjax.lab import data, models
 from quantjax.lab.deploy import deploy, reestimated
 from quantjax.lab.models.torch_import import import_state_dict, load_torch
 from quantjax.lab.recipes import Context, Network
-from quantjax.lab.train import engine
+from quantjax.lab.train import engine, evaluation, tasks
 
 
 class Protocol(NamedTuple):
     """Data, network and schedule of a table; `make` builds one."""
 
     context: Context
-    task: engine.Task
+    task: tasks.Task
     evaluate: Callable
     rates: Mapping[float, float]  # {first epoch: learning rate}
     switch: float  # the epoch at which the late part begins
@@ -101,7 +101,7 @@ class Protocol(NamedTuple):
         """
         inputs = {"Conv_0": None, ".*": qj.uniform_input(bits)}
         apply = linen.quantize_inputs(self.task.model.apply, inputs)
-        evaluate = engine.make_evaluate(self.task, inputs)
+        evaluate = evaluation.make_evaluate(self.task, inputs)
         train = self.task.dataset.train
         sample = data.Split(train.images[:2000], train.labels[:2000])
         fitted, n = linen.search_batch_norm_range(
@@ -128,8 +128,8 @@ def make(
 ) -> Protocol:
     """Returns the protocol of a table; with `augment`, images are cropped and flipped at random."""
     loaded = context.load(dataset)
-    task = engine.Task(models.build(model, loaded.classes), loaded, augment)
-    evaluate = engine.make_evaluate(task)
+    task = tasks.classification(models.build(model, loaded.classes), loaded, augment)
+    evaluate = evaluation.make_evaluate(task)
     return Protocol(context, task, evaluate, rates, switch, end, batch_size, {}, model)
 
 

@@ -13,7 +13,7 @@ from experiments.psg import protocol
 from quantjax.core.quantizer import Quantizer
 from quantjax.lab import data
 from quantjax.lab.deploy import deploy
-from quantjax.lab.train import engine
+from quantjax.lab.train import evaluation
 
 HELD_OUT = 5000  # images; at most a tenth
 # Percent points of full precision that may be lost. In table A1 the network of 3 bits is 1.2 below
@@ -89,6 +89,6 @@ def begin(parts: protocol.Protocol, seed: int) -> Search:
     count = min(HELD_OUT, len(dataset.train.labels) // 10)
     rest, held_out = data.holdout(dataset.train, count, seed)
     task = parts.task._replace(dataset=dataset._replace(train=rest, test=held_out))
-    smaller = parts._replace(task=task, evaluate=engine.make_evaluate(task), compiled={})
+    smaller = parts._replace(task=task, evaluate=evaluation.make_evaluate(task), compiled={})
     start = smaller.plain(seed)
     return Search(smaller, start, smaller.accuracy(smaller.late("sgd", protocol.sgd, start, seed)))

@@ -14,7 +14,7 @@ from quantjax.lab import data, models
 from quantjax.lab.deploy import Deployed, deploy
 from quantjax.lab.methods import faster_masks
 from quantjax.lab.recipes import Context, Network
-from quantjax.lab.train import engine
+from quantjax.lab.train import engine, evaluation, tasks
 from quantjax.methods.srq import widths
 from quantjax.methods.srq.semi_relaxed import srq, srq_input
 
@@ -23,7 +23,7 @@ class Grids(NamedTuple):
     """Data, network and schedule of a table's training; `make` builds one."""
 
     context: Context
-    task: engine.Task
+    task: tasks.Task
     epochs: float
     batch_size: int
     schedule: Callable  # (steps, steps per epoch) -> optax.Schedule
@@ -66,7 +66,7 @@ class Grids(NamedTuple):
         method = engine.Method(self._adamw(), quantizer, inputs)
         state = self._fit(name, method, start or self.first(seed), seed)
         shipped = deploy(state.variables, quantizer, state.state)
-        evaluate = engine.make_evaluate(self.task, inputs)
+        evaluate = evaluation.make_evaluate(self.task, inputs)
         accuracy = evaluate(shipped.variables, self.task.dataset.test).accuracy
         dataset = self.task.dataset
         told = {"model": self.model, "dataset": dataset.name, "inputs": repr(inputs)}
@@ -127,7 +127,7 @@ class Grids(NamedTuple):
 
     def error(self, variables: Mapping) -> float:
         """Returns the test error of a float network in percent."""
-        evaluate = engine.make_evaluate(self.task)
+        evaluate = evaluation.make_evaluate(self.task)
         return round(100 - evaluate(variables, self.task.dataset.test).accuracy, 2)
 
     def smaller(self, count: int) -> "Grids":
@@ -267,7 +267,7 @@ def make(
     if symmetric:
         half = (0.5,) * len(loaded.mean)
         loaded = loaded._replace(mean=half, std=half)
-    task = engine.Task(models.build(model, loaded.classes), loaded, augment)
+    task = tasks.classification(models.build(model, loaded.classes), loaded, augment)
     return Grids(
         context,
         task,

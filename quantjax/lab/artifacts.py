@@ -15,7 +15,7 @@ from quantjax.encoded import onnx, packed, storage, summary
 from quantjax.lab import data, models
 from quantjax.lab.names import nearest_name_error
 from quantjax.lab.report import layers, plots
-from quantjax.lab.train import engine
+from quantjax.lab.train import engine, evaluation, tasks
 
 INPUTS = {
     maker.__name__: maker
@@ -60,7 +60,7 @@ def evaluate(
     dataset: str | None = None,
     model: str | None = None,
     data_dir: Path | None = None,
-) -> engine.Score:
+) -> tasks.Score:
     """Returns loss and accuracy of a saved network on the test images of a data set.
 
     Args:
@@ -74,7 +74,7 @@ def evaluate(
       ValueError: the file names no data set or model and none is given, or is of another network.
     """
     task, variables, inputs = _network(path, dataset, model, data_dir)
-    score = engine.make_evaluate(task, inputs)
+    score = evaluation.make_evaluate(task, inputs)
     return score(qarray.decode(variables), task.dataset.test)
 
 
@@ -168,7 +168,7 @@ def _network(path, dataset, model, data_dir):
     loaded = data.load(told["dataset"], data_dir)
     for name in {"mean", "std"} & told.keys():
         loaded = loaded._replace(**{name: tuple(told[name])})
-    task = engine.Task(models.build(told["model"], loaded.classes), loaded)
+    task = tasks.classification(models.build(told["model"], loaded.classes), loaded)
     leaves = found.decoded()
     # Collections of input quantizers are the file's own; the others must be the model's.
     like = {**found.tree(leaves), **jax.eval_shape(lambda: task.init(0))}

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from quantjax.lab import interrupts
+from quantjax.lab import compilation_cache, interrupts
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,12 +27,15 @@ def _main(arguments) -> int:
     from quantjax.lab import artifacts, listing, recipes
     from quantjax.lab.compare import Settings, compare
     from quantjax.lab.report import records
+    from quantjax.lab.train.options import Options
 
+    compilation_cache.keep()
     positional = tyro.conf.Positional
 
     def run(
         experiment: Annotated[str, positional],
         context: Annotated[recipes.Context, tyro.conf.arg(name="")] = recipes.Context(),  # noqa: B008
+        options: Annotated[Options, tyro.conf.arg(name="")] = Options(),  # noqa: B008
         out: Path = Path("quantjax-results"),
         record: bool = False,
     ):
@@ -44,11 +47,14 @@ def _main(arguments) -> int:
           record: write it where the repository keeps its own, into experiments/results.
         """
         folder = recipes.FOLDER / "results" if record else out
-        print(f"record: {recipes.run(experiment, context, folder)}")
+        print(f"record: {recipes.run(experiment, context, folder, options)}")
 
-    def comparison(settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings()):  # noqa: B008
+    def comparison(
+        settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings(),  # noqa: B008
+        options: Annotated[Options, tyro.conf.arg(name="")] = Options(),  # noqa: B008
+    ):
         """Puts methods side by side on the same data and writes a report."""
-        compare(settings)
+        compare(settings, options)
 
     def listed(data_dir: Path | None = None):
         """Lists methods, models, data sets and recipes, each with a line.
@@ -132,7 +138,7 @@ def _main(arguments) -> int:
             "is: methods, models, data sets, recipes.",
             args=arguments,
         )
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"quantjax: {error}", file=sys.stderr)
         return 2
     return 0

@@ -15,7 +15,8 @@ from quantjax.lab.deploy import better_statistics, deploy
 from quantjax.lab.recipes import check_writable, versions
 from quantjax.lab.report import files, plots
 from quantjax.lab.report.rows import Result, table
-from quantjax.lab.train import engine, phases
+from quantjax.lab.train import engine, evaluation, phases, tasks
+from quantjax.lab.train.options import Options
 
 QUICK = {
     "methods": methods.QUICK,
@@ -93,18 +94,31 @@ def resolve(settings: Settings) -> Settings:
     return filled
 
 
-def compare(settings: Settings) -> list[Result]:
+def compare(settings: Settings, options: Options = Options()) -> list[Result]:  # noqa: B008
     """Runs the comparison, prints its table and writes its report; returns the rows.
 
-    The report is written after every row: an interrupted comparison leaves those it finished.
+    The report is written after every row: an interrupted comparison leaves those it finished, and
+    checkpoints beside it until it is complete.
+
+    Raises:
+      As `resolve` and `Options.session`.
     """
     settings = resolve(settings)
+    about = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out", "data_dir")}
+    with options.session(settings.out / "checkpoints", about, versions()):
+        return _compare(settings)
+
+
+def _compare(settings: Settings) -> list[Result]:
+    first = jax.process_index() == 0  # of several processes one writes
     console = Console()
     described = describe(settings)
     results = []
     try:
         for result in rows(settings, tell=console.print):
             results.append(result)
+            if not first:
+                continue
             files.write_network(settings.out, result)
             page = files.write(settings.out, described, results, complete=False)
             interrupts.tell(f"{page} holds the finished rows, {len(results)} so far")
@@ -112,9 +126,10 @@ def compare(settings: Settings) -> list[Result]:
                 f"[dim]{result.title}, {result.bits:g} bits: "
                 f"{result.quantized:.2f} percent in {result.seconds:.0f} s[/]"
             )
-        files.write(settings.out, described, results)
+        if first:
+            files.write(settings.out, described, results)
     finally:
-        if results:
+        if results and first:
             console.print(table(results))
             console.print(f"report: {page}")
     return results
@@ -137,8 +152,10 @@ def rows(settings: Settings, tell: Callable = print) -> Iterator[Result]:
     dataset = data.limited(data.load(settings.dataset, settings.data_dir), settings.limit)
     shape = dataset.train.images.shape[1:]
     name = settings.model or models.default_model(settings.dataset, shape)
-    task = engine.Task(models.build(name, dataset.classes), dataset, augment=shape[0] >= 32)
-    evaluate = engine.make_evaluate(task)
+    task = tasks.classification(
+        models.build(name, dataset.classes), dataset, augment=shape[0] >= 32
+    )
+    evaluate = evaluation.make_evaluate(task)
     total = settings.epochs * max(1, len(dataset.train.labels) // settings.batch_size)
 
     def run(label, method, steps, variables):

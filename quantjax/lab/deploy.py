@@ -9,7 +9,7 @@ from quantjax.core import qarray
 from quantjax.core.quantizer import Quantizer, QuantState
 from quantjax.encoded.summary import Row, Summary, summary
 from quantjax.lab import data
-from quantjax.lab.train import engine
+from quantjax.lab.train import tasks
 
 IMAGES = 2000  # of the training set, for the statistics of batch norms after quantization
 
@@ -60,7 +60,7 @@ def deploy(variables: Mapping, quantizer: Quantizer, state: QuantState | None = 
     return Deployed(shipped, encoded, summary(encoded, params))
 
 
-def reestimated(task: engine.Task, variables: Mapping) -> dict:
+def reestimated(task: tasks.Task, variables: Mapping) -> dict:
     """Returns variables with batch norms' statistics of the first training images.
 
     They are those of the weights at hand: what was rounded after training has others than its
@@ -74,7 +74,7 @@ def reestimated(task: engine.Task, variables: Mapping) -> dict:
     return linen.reestimate_batch_norm(task.model.apply, variables, batches, train=False)
 
 
-def better_statistics(task: engine.Task, evaluate: Callable, variables: Mapping) -> dict:
+def better_statistics(task: tasks.Task, evaluate: Callable, variables: Mapping) -> dict:
     """Returns variables with batch norms as they are, or re-estimated, by the training images.
 
     Re-estimation repairs what rounding has shifted; where little has, running statistics are as
@@ -82,7 +82,7 @@ def better_statistics(task: engine.Task, evaluate: Callable, variables: Mapping)
 
     Args:
       task, variables: as in `reestimated`.
-      evaluate: of `engine.make_evaluate`.
+      evaluate: of `evaluation.make_evaluate`.
     """
     if "batch_stats" not in variables:
         return dict(variables)

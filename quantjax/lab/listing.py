@@ -61,8 +61,10 @@ def _datasets(data_dir) -> Iterable[tuple[str, str]]:
     yield "digits", "1,797 images of 8x8, in scikit-learn: nothing to prepare."
     for name, where in data.prepared(data_dir).items():
         yield name, f"Prepared in {where}."
-    yield "a directory", "Of .npy or .npz arrays: " + ", ".join(data.ARRAYS) + "."
-    yield "any other", "TFDS image classification set, prepared as ArrayRecord under --data-dir."
+    arrays = ", ".join(data.ARRAYS)
+    yield "a directory", f"Of .npy or .npz arrays: {arrays}. Or of train.txt and test.txt."
+    kinds = "of image classification, or with strings named text"
+    yield "any other", f"TFDS set {kinds}, prepared as ArrayRecord under --data-dir."
 
 
 def _recipes() -> Iterable[tuple[str, str]]:

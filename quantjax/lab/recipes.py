@@ -21,6 +21,7 @@ from quantjax.core import qarray
 from quantjax.encoded import storage
 from quantjax.lab import data, interrupts, recipe_version
 from quantjax.lab.names import nearest_name_error
+from quantjax.lab.train.options import Options
 
 CHECKOUT = Path(__file__).parents[2] / "experiments"
 # An installed wheel has no recipes of its own: those of a checkout that one stands in.
@@ -124,12 +125,14 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def run(name: str, context: Context, folder: Path) -> Path:
+def run(name: str, context: Context, folder: Path, options: Options = Options()) -> Path:  # noqa: B008
     """Runs a recipe and returns its record in `folder`, which is written anew after every row.
 
+    Checkpoints lie beside the record until it is complete.
+
     Raises:
-      ValueError: unknown recipe, scale or limit not positive, no seed; OSError: the record cannot
-        be written.
+      ValueError: unknown recipe, scale or limit not positive, no seed, or as `Options.session`;
+        OSError: the record cannot be written.
     """
     if not context.scale > 0:
         raise ValueError(f"scale must be positive, got {context.scale}")
@@ -141,29 +144,44 @@ def run(name: str, context: Context, folder: Path) -> Path:
     recipe = load(source)
     check_writable(folder)
     name = name_of(source)
-    target = folder / f"{name}{_suffix(context)}.json"
-    began = time.monotonic()
-    record = {
-        "experiment": name,
-        "title": recipe.TITLE,
-        "command": _command(name, context),
-        "scale": context.scale,
-        "device": jax.devices()[0].device_kind,
-        "versions": versions(),
-        "recipe": recipe_version.digest(source),
-        "complete": False,
-        "rows": [],
-    }
-    for row in recipe.run(context):
-        row = _saved(row, folder / "networks", target.stem)
-        record["rows"].append(row)
-        record["seconds"] = round(time.monotonic() - began, 1)
-        _write(target, record)
-        interrupts.tell(f"{target} holds {len(record['rows'])} finished rows")
-        print(json.dumps(row), file=sys.stderr, flush=True)
-    record["complete"] = True
-    _write(target, record)
+    target = folder / f"{name}{_suffix(context, options)}.json"
+    given = json.loads(json.dumps(dataclasses.asdict(context), default=str))
+    about = {"experiment": name, "recipe": recipe_version.digest(source), **given}
+    del about["data_dir"]  # it may have moved
+    with options.session(folder / "checkpoints" / target.stem, about, versions()):
+        record = {
+            "experiment": name,
+            "title": recipe.TITLE,
+            "command": _command(name, context, options),
+            "scale": context.scale,
+            "device": jax.devices()[0].device_kind,
+            "versions": versions(),
+            "recipe": about["recipe"],
+            "complete": False,
+            "rows": [],
+        }
+        began = time.monotonic() - (_spent(target) if options.resume else 0)
+        for row in recipe.run(context):
+            if jax.process_index():
+                continue
+            row = _saved(row, folder / "networks", target.stem)
+            record["rows"].append(row)
+            record["seconds"] = round(time.monotonic() - began, 1)
+            _write(target, record)
+            interrupts.tell(f"{target} holds {len(record['rows'])} finished rows")
+            print(json.dumps(row), file=sys.stderr, flush=True)
+        record["complete"] = True
+        if not jax.process_index():
+            _write(target, record)
     return target
+
+
+def _spent(record: Path) -> float:
+    """Returns the seconds that an interrupted record has taken."""
+    try:
+        return float(json.loads(record.read_text()).get("seconds", 0))
+    except (OSError, ValueError):
+        return 0.0
 
 
 def _saved(row: dict, folder: Path, record: str) -> dict:
@@ -204,16 +222,17 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _suffix(context: Context) -> str:
+def _suffix(context: Context, options: Options) -> str:
     """Returns what tells records apart: everything that was not left as it is by default."""
     told = "" if context.bits is None else "-b" + "".join(map(str, context.bits))
     told += "" if context.seeds == (0,) else "-s" + "-".join(map(str, context.seeds))
     told += "" if context.scale == 1 else f"-scale{context.scale:g}"
     told += "" if context.limit is None else f"-limit{context.limit}"
+    told += "".join(f"-{value}" for value in options.about.values())
     return told + ("" if context.init is None else f"-{context.init.stem}")
 
 
-def _command(name: str, context: Context) -> str:
+def _command(name: str, context: Context, options: Options) -> str:
     words = ["quantjax run", name]
     if context.scale != 1:
         words.append(f"--scale {context.scale:g}")
@@ -227,6 +246,7 @@ def _command(name: str, context: Context) -> str:
         words.append(f"--init {context.init.name}")
     if context.limit is not None:
         words.append(f"--limit {context.limit}")
+    words += [f"--{name.replace('_', '-')} {value}" for name, value in options.about.items()]
     return " ".join(words)
 
 

@@ -9,6 +9,7 @@ import pytest
 from quantjax.lab import recipes
 from quantjax.lab.cli import main
 from quantjax.lab.compare import Settings
+from quantjax.lab.train.options import Options
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -113,14 +114,15 @@ def test_records_stay_out_of_the_repository_unless_asked(tmp_path, monkeypatch, 
 
 def test_compare_is_given_its_settings(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(compare, "compare", seen.append)
+    monkeypatch.setattr(compare, "compare", lambda *given: seen.append(given))
     words = ["--methods", "psg", "sgd", "--bits", "4", "2", "--epochs", "3", "--seed", "7"]
     assert main(["compare", *words, "--out", str(tmp_path), "--quick"]) == 0
-    assert main(["compare"]) == 0
+    assert main(["compare", "--resume", "--mesh", "data=2", "--precision", "bf16"]) == 0
     expected = Settings(
         methods=("psg", "sgd"), bits=(4, 2), epochs=3, seed=7, out=tmp_path, quick=True
     )
-    assert seen == [expected, Settings()]
+    options = Options(resume=True, mesh="data=2", precision="bf16")
+    assert seen == [(expected, Options()), (Settings(), options)]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,7 @@ def test_how_a_command_ends(error, status, told, monkeypatch, capsys):
 
 
 def test_a_bug_is_not_dressed_up_as_bad_input(monkeypatch):
-    def fail(settings):
+    def fail(*given):
         raise TypeError("a bug")
 
     monkeypatch.setattr(compare, "compare", fail)

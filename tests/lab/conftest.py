@@ -3,9 +3,9 @@
 import pytest
 
 from quantjax.lab import data, models
-from quantjax.lab.train import engine
+from quantjax.lab.train import tasks
 
 
 @pytest.fixture(scope="module")
 def task():
-    return engine.Task(models.build("small-cnn", 10), data.load("digits"))
+    return tasks.classification(models.build("small-cnn", 10), data.load("digits"))

@@ -3,11 +3,14 @@
 from quantjax.lab.data.images import augment, load, normalize
 from quantjax.lab.data.prepared import prepared
 from quantjax.lab.data.splits import ARRAYS, Dataset, Split, holdout, limited
+from quantjax.lab.data.text import Text, Windows
 
 __all__ = [
     "ARRAYS",
     "Dataset",
     "Split",
+    "Text",
+    "Windows",
     "augment",
     "holdout",
     "limited",

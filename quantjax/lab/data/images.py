@@ -1,4 +1,4 @@
-"""Image classification sets in memory as uint8, and what a training loop does to a batch."""
+"""Data sets in memory as uint8, and what a training loop does to a batch of images."""
 
 import os
 from pathlib import Path
@@ -7,21 +7,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quantjax.lab.data import prepared, splits
+from quantjax.lab.data import prepared, splits, text
 from quantjax.lab.data.splits import ARRAYS, Dataset
+from quantjax.lab.data.text import Text
 
 
-def load(name: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> Dataset:
-    """Loads `digits` (in scikit-learn), a directory of .npy or .npz arrays, or a prepared TFDS set.
+def load(name: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> Dataset | Text:
+    """Loads `digits` (in scikit-learn), a directory of arrays or of a text, or a prepared TFDS set.
 
     A directory holds train_images, train_labels, test_images and test_labels, one .npy file each
     or all in one .npz file: images [n, h, w] or [n, h, w, c] uint8, labels [n] integers from 0.
-    Any TFDS image classification set of one image size serves, from `data_dir` (None: where TFDS
-    keeps its data), prepared as ArrayRecord; TensorFlow is not needed.
+    Or it holds a text: train.txt and test.txt, any bytes. Any TFDS image classification set of one
+    image size serves, and any TFDS set with strings named `text` (a newline between examples),
+    from `data_dir` (None: where TFDS keeps its data), prepared as ArrayRecord; TensorFlow is not
+    needed. A test split is `test`, or else `validation`.
 
     Raises:
-      FileNotFoundError: the set is not prepared, the directory or an array in it is missing.
-      ValueError: unknown name (the nearest are named), or not images of one size with one label.
+      FileNotFoundError: the set is not prepared, the directory or a file in it is missing.
+      ValueError: unknown name (the nearest are named), neither images of one size with one label
+        nor text, or a text shorter than a window.
     """
     if name == "digits":
         return _load_digits()
@@ -89,16 +93,25 @@ def _load_digits() -> Dataset:
 
 
 def _is_directory(name) -> bool:
-    """A bare name counts only if arrays lie there: TFDS names its own directories like sets."""
+    """A bare name counts only if data lie there: TFDS names its own directories like sets."""
     path = Path(name).expanduser()
     if isinstance(name, os.PathLike) or path.is_absolute() or str(name).startswith((".", "~")):
         return True
-    return path.is_dir() and any(file.suffix in (".npy", ".npz") for file in path.iterdir())
+    return path.is_dir() and (_holds_arrays(path) or text.in_directory(path))
 
 
-def _load_directory(path: Path) -> Dataset:
+def _holds_arrays(path: Path) -> bool:
+    return any(file.suffix in (".npy", ".npz") for file in path.iterdir())
+
+
+def _load_directory(path: Path) -> Dataset | Text:
     if not path.is_dir():
-        raise FileNotFoundError(f"no directory {path}; expected one that holds {', '.join(ARRAYS)}")
+        raise FileNotFoundError(
+            f"no directory {path}; expected one that holds {', '.join(ARRAYS)}, or else "
+            + " and ".join(text.FILES)
+        )
+    if text.in_directory(path) and not _holds_arrays(path):
+        return text.load_directory(path)
     archives = sorted(path.glob("*.npz"))
     if len(archives) > 1:
         raise ValueError(f"{path} holds {len(archives)} .npz files, expected one (or .npy files)")

@@ -1,8 +1,10 @@
 """A data set in memory: its types, its checks, its statistics."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+
+from quantjax.lab.data.text import Text, Windows
 
 # Of a directory that holds a data set.
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -35,31 +37,41 @@ class Dataset(NamedTuple):
     std: tuple[float, ...]
 
 
-def holdout(split: Split, count: int, seed: int) -> tuple[Split, Split]:
-    """Returns (training, validation): `count` images drawn by the seed, and the others, in order.
+AnySplit = TypeVar("AnySplit", Split, Windows)
+AnyDataset = TypeVar("AnyDataset", Dataset, Text)
+
+
+def holdout(split: AnySplit, count: int, seed: int) -> tuple[AnySplit, AnySplit]:
+    """Returns (training, validation): `count` examples drawn by the seed, and the others, in order.
+
+    Windows of a training text overlap: training sees most of what is held out of them.
 
     Raises:
       ValueError: `count` is not in 1 .. n - 1.
     """
-    n = len(split.labels)
+    n = len(split[0])
     if not 0 < count < n:
-        raise ValueError(f"count is {count}, expected 1 .. {n - 1} of {n} images")
+        raise ValueError(f"count is {count}, expected 1 .. {n - 1} of {n}")
     held = np.zeros(n, bool)
     held[np.random.default_rng(seed).permutation(n)[:count]] = True
-    return tuple(Split(split.images[rows], split.labels[rows]) for rows in (~held, held))
+    return _rows(split, ~held), _rows(split, held)
 
 
-def limited(dataset: Dataset, limit: int | None, seed: int = 0) -> Dataset:
-    """Returns at most `limit` images of each split, drawn by the seed, in order; None: all."""
+def limited(dataset: AnyDataset, limit: int | None, seed: int = 0) -> AnyDataset:
+    """Returns at most `limit` examples of each split, drawn by the seed, in order; None: all."""
 
-    def part(split: Split) -> Split:
-        n = len(split.labels)
+    def part(split: AnySplit) -> AnySplit:
+        n = len(split[0])
         if limit is None or limit >= n:
             return split
         rows = np.sort(np.random.default_rng(seed).permutation(n)[:limit])
-        return Split(split.images[rows], split.labels[rows])
+        return _rows(split, rows)
 
     return dataset._replace(train=part(dataset.train), test=part(dataset.test))
+
+
+def _rows(split: AnySplit, rows: np.ndarray) -> AnySplit:
+    return type(split)(*(part[rows] for part in split))
 
 
 def split(where: str, images: np.ndarray, labels: np.ndarray) -> Split:

@@ -16,6 +16,7 @@ from quantjax.lab.models.networks import (
     lenet5_wide,
     max_pool_2x2,
 )
+from quantjax.lab.models.text import TextModel
 
 __all__ = [
     "DEFAULTS",
@@ -26,6 +27,7 @@ __all__ = [
     "ResNet",
     "ResNet18",
     "SmallCNN",
+    "TextModel",
     "VGGSmall",
     "build",
     "default_model",

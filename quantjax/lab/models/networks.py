@@ -1,8 +1,9 @@
 """The papers' small networks in Flax Linen; kernels lie at paths such as `Conv_0/kernel`.
 
-Every model maps images [n, h, w, c] to logits [n, classes] and takes `train`, which is True while
-batch norm uses (and updates) the statistics of the batch; models without batch norm ignore it.
-`dtype` is what layers compute in (None: float32); parameters and logits stay float32.
+Every model but those of `TEXT` (see `models.text`) maps images [n, h, w, c] to logits [n, classes].
+All take `train`, which is True while batch norm uses (and updates) the statistics of the batch;
+models without batch norm ignore it. `dtype` is what layers compute in (None: float32); parameters
+and logits stay float32.
 """
 
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from quantjax.lab.models.text import TextModel
 from quantjax.lab.names import nearest_name_error
 
 he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -218,34 +220,56 @@ MODELS = {
     "vgg7": VGG7,
     "vgg16-bn": VGG16BN,
     "vgg-small": VGGSmall,
+    "text-small": TextModel,
 }
-DEFAULTS = {"digits": "small-cnn", "mnist": "lenet5", "cifar10": "resnet20", "cifar100": "resnet20"}
+TEXT = ("text-small",)  # of them, those that take bytes
+DEFAULTS = {
+    "digits": "small-cnn",
+    "mnist": "lenet5",
+    "cifar10": "resnet20",
+    "cifar100": "resnet20",
+    "tiny_shakespeare": "text-small",
+}
 
 
-def build(name: str, classes: int, dtype=None) -> nn.Module:
+def build(
+    name: str, classes: int, dtype=None, *, shape: tuple[int, ...] | None = None
+) -> nn.Module:
     """Returns the model of that name, one of `MODELS`.
 
+    Args:
+      name, classes, dtype: of the model.
+      shape: of an example, (h, w, c) or (length,), that it must take; None: any.
+
     Raises:
-      ValueError: unknown name; the nearest are named.
+      ValueError: unknown name (the nearest are named), or a model of images for text or the other
+        way round.
     """
     if name not in MODELS:
         raise nearest_name_error("model", name, MODELS)
+    if shape is not None and (len(shape) == 1) != (name in TEXT):
+        taken = "bytes [length]" if name in TEXT else "images [h, w, c]"
+        raise ValueError(f"the model {name!r} takes {taken}, the examples are {list(shape)}")
     return MODELS[name](classes=classes, dtype=dtype)
 
 
-def default_model(dataset_name: str, image_shape: tuple[int, ...] | None = None) -> str:
-    """Returns the model for a data set: by its name, or else by its images' shape (h, w, c).
+def default_model(dataset_name: str, shape: tuple[int, ...] | None = None) -> str:
+    """Returns the model for a data set: by its name, or else by an example's shape.
+
+    That is (h, w, c) of an image, (length,) of a window of text.
 
     Raises:
       ValueError: unknown name and no shape, or images below 4x4.
     """
     if dataset_name in DEFAULTS:
         return DEFAULTS[dataset_name]
-    if image_shape is None:
+    if shape is None:
         raise nearest_name_error("data set", dataset_name, DEFAULTS)
-    side = min(image_shape[:2])
+    if len(shape) == 1:
+        return "text-small"
+    side = min(shape[:2])
     if side < 4:
-        raise ValueError(f"images have shape {image_shape}, expected 4x4 pixels or more")
+        raise ValueError(f"images have shape {shape}, expected 4x4 pixels or more")
     if side < 16:  # LeNet-5 without padding has nothing left to pool
         return "small-cnn"
     return "lenet5" if side < 32 else "resnet20"

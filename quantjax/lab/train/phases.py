@@ -1,10 +1,12 @@
 """Phases: a network trained in parts, each with its own method, and scored as it goes."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from quantjax.core.quantizer import QuantState
-from quantjax.lab.train import engine
+from quantjax.lab.train import checkpoints, engine
+from quantjax.lab.train.tasks import Task
 
 
 class Phase(NamedTuple):
@@ -46,7 +48,7 @@ class Outcome(NamedTuple):
 
 
 def run(
-    task: engine.Task,
+    task: Task,
     phases: Sequence[Phase],
     variables: Mapping,
     score: Callable,
@@ -68,11 +70,21 @@ def run(
     """
     if not phases or any(phase.total < 1 for phase in phases):
         raise ValueError(f"every phase needs at least one step, got {[p.total for p in phases]}")
-    history, early, before = [], None, 0
+    # Every phase is watched from the best that the phases before it have given.
+    history, early, best, before = [], dict(variables), -math.inf, 0
     for phase in phases:
         state = engine.init_state(task, variables, phase.method, seed)
         steps = phase.steps or engine.make_steps(task, phase.method)
-        for report in engine.train(
+        seen = checkpoints.Seen([], {"early": engine.copied(state.variables)})
+
+        def observe(report, seen=seen, name=phase.name, before=before, best=best):
+            now = report.state.variables
+            point = Point(name, before + report.steps, report.loss, score(now))
+            if point.score > max([past[-1] for past in seen.history], default=best):
+                seen.kept["early"] = engine.copied(now)  # the next step takes these buffers
+            seen.history.append(point)
+
+        state = engine.run(
             task,
             steps,
             state,
@@ -81,12 +93,13 @@ def run(
             seed=seed,
             every=every,
             label=phase.name,
-        ):
-            now = report.state.variables
-            point = Point(phase.name, before + report.steps, report.loss, score(now))
-            if early is None or point.score > max(past.score for past in history):
-                early = engine.copied(now)  # the next step takes these buffers
-            history.append(point)
+            observe=observe,
+            seen=seen,
+        )
+        points = [Point(*row) for row in seen.history]
+        if max(point.score for point in points) > best:
+            early, best = seen.kept["early"], max(point.score for point in points)
+        history += points
         before += phase.total
-        variables = report.state.variables
-    return Outcome(variables, report.state.state, early, tuple(history), report.state.opt_state)
+        variables = state.variables
+    return Outcome(variables, state.state, early, tuple(history), state.opt_state)

@@ -9,9 +9,10 @@ EVERY = 30.0  # seconds between lines
 class Progress:
     """Context of one bar. `advance` counts steps; `show` sets the count and the loss."""
 
-    def __init__(self, label: str, total: int):
+    def __init__(self, label: str, total: int, done: int = 0):
         self._bar = None
-        self._label, self._total, self._done, self._loss = label, total, 0, ""
+        self._label, self._total, self._done, self._loss = label, total, done, ""
+        self._first = done
         self._began = self._told = time.monotonic()
         if sys.stderr.isatty():
             from rich import progress
@@ -26,7 +27,7 @@ class Progress:
                 console=Console(stderr=True),
                 transient=True,
             )
-            self._task = self._bar.add_task(label, total=total, loss="")
+            self._task = self._bar.add_task(label, total=total, completed=done, loss="")
 
     def __enter__(self):
         if self._bar:
@@ -41,9 +42,10 @@ class Progress:
         """Counts steps as done (dispatched: the device may lag a little behind)."""
         self._update(self._done + steps, self._loss)
 
-    def show(self, done: int, loss: float):
-        """Sets the steps done and the mean loss."""
-        self._update(done, f"loss {loss:.3f}")
+    def show(self, done: int, loss: float, skipped: int = 0):
+        """Sets the steps done and the mean loss; of those since the last call some were skipped."""
+        left_out = f", {skipped} steps skipped" if skipped else ""
+        self._update(done, f"loss {loss:.3f}{left_out}")
 
     def _update(self, done, loss):
         self._done, self._loss = done, loss
@@ -53,7 +55,7 @@ class Progress:
         now = time.monotonic()
         if now - self._told >= EVERY and done < self._total:
             self._told = now
-            left = (now - self._began) * (self._total - done) / max(done, 1)
+            left = (now - self._began) * (self._total - done) / max(done - self._first, 1)
             told = [f"{done} of {self._total} steps", loss, f"about {_duration(left)} left"]
             line = ", ".join(part for part in told if part)
             print(f"{self._label}: {line}", file=sys.stderr, flush=True)

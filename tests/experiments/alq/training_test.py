@@ -68,7 +68,7 @@ def test_training_keeps_the_best_network_after_the_last_pruning():
     decoded = qj.decode(outcome.encoded)
     jax.tree.map(np.testing.assert_array_equal, decoded, outcome.variables["params"])
     assert training.by_layer(outcome.encoded).keys() == {"Dense_0/kernel", "Dense_1/kernel"}
-    evaluate = training.engine.make_evaluate(task)
+    evaluate = training.evaluation.make_evaluate(task)
     assert evaluate(outcome.variables, validation).accuracy == max(p.score for p in after)
 
 
@@ -80,7 +80,7 @@ def test_a_better_network_from_before_the_last_pruning_is_not_kept(monkeypatch):
 
     def evaluate(variables, split):
         seen.append(jax.device_get(variables["params"]))
-        return training.engine.Score(0.0, next(scores))
+        return training.tasks.Score(0.0, next(scores))
 
     monkeypatch.setattr(training.engine, "make_evaluate", lambda task: evaluate)
     outcome = training.train(

@@ -6,7 +6,7 @@ from experiments.psg import protocol
 from quantjax.lab import data
 from quantjax.lab.deploy import deploy, reestimated
 from quantjax.lab.recipes import Context
-from quantjax.lab.train import engine
+from quantjax.lab.train import evaluation, tasks
 from tests.experiments.recipes_test import Tiny, noise
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -14,11 +14,11 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 def make(scale=1.0, **changes):
     dataset = noise("noise")
-    task = engine.Task(Tiny(dataset.classes), dataset)
+    task = tasks.classification(Tiny(dataset.classes), dataset)
     parts = protocol.Protocol(
         context=Context(scale=scale),
         task=task,
-        evaluate=engine.make_evaluate(task),
+        evaluate=evaluation.make_evaluate(task),
         rates={0: 0.1, 4: 0.01, 6: 0.001},
         switch=4,
         end=8,

@@ -48,7 +48,7 @@ def _shapes(model, image_shape):
     return jax.eval_shape(model.init, jax.random.key(0), images)
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", SHAPES)
 def test_parameters_and_logits(name):
     model = models.build(name, classes=10)
     variables = _shapes(model, SHAPES[name])
@@ -142,6 +142,7 @@ def test_wrong_depths(depth):
 
 
 def test_names():
+    assert models.MODELS.keys() - SHAPES.keys() == set(models.TEXT)
     with pytest.raises(ValueError, match="unknown model 'resnet-20'; did you mean 'resnet20'"):
         models.build("resnet-20", classes=10)
     assert models.default_model("digits") == "small-cnn"

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 import quantjax as qj
-from quantjax.lab.train import engine, phases
+from quantjax.lab.train import engine, phases, tasks
 from tests.experiments.recipes_test import Tiny, noise
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 def make():
     dataset = noise("noise")
-    return engine.Task(Tiny(dataset.classes), dataset)
+    return tasks.classification(Tiny(dataset.classes), dataset)
 
 
 def test_a_phase_begins_with_the_weights_of_the_one_before():
@@ -52,21 +52,31 @@ def test_phases_without_steps_are_an_error():
 
 
 def test_the_first_of_equal_scores_is_the_early_network_and_the_seed_is_the_given_one(monkeypatch):
-    states = iter("abc")
     seeds = []
 
-    def train(task, steps, state, total, *, seed, **kwargs):
-        seeds.append(seed)
-        for done in range(1, total + 1):
-            state = types.SimpleNamespace(variables=next(states), state=None, opt_state=None)
-            yield engine.Report(state, done, 0.0, 0.0, 0.0)
+    def state(name):
+        return types.SimpleNamespace(variables=name, state=None, opt_state=None)
 
-    monkeypatch.setattr(engine, "init_state", lambda *args: seeds.append(args[-1]))
+    def run(task, steps, start, total, *, seed, observe, **kwargs):
+        seeds.append(seed)
+        for done, name in enumerate("abc"[:total], 1):
+            observe(engine.Report(state(name), done, 0.0, 0.0, 0.0))
+        return state("abc"[total - 1])
+
+    def init_state(task, variables, method, seed):
+        seeds.append(seed)
+        return state("start")
+
+    monkeypatch.setattr(engine, "init_state", init_state)
     monkeypatch.setattr(engine, "make_steps", lambda *args: None)
-    monkeypatch.setattr(engine, "train", train)
+    monkeypatch.setattr(engine, "run", run)
     monkeypatch.setattr(engine, "copied", lambda tree: tree)
-    parts = [phases.Phase("all", engine.Method(optax.sgd(0.1)), 3)]
+    parts = [
+        phases.Phase(name, engine.Method(optax.sgd(0.1)), total)
+        for name, total in (("all", 3), ("worse", 1))
+    ]
     scores = {"a": 1.0, "b": 2.0, "c": 2.0}
     outcome = phases.run(None, parts, {}, scores.get, batch_size=32, seed=7)
-    assert (outcome.early, outcome.variables) == ("b", "c")
-    assert seeds == [7, 7]
+    assert (outcome.early, outcome.variables) == ("b", "a")
+    assert outcome.early_score == 2.0
+    assert seeds == [7, 7, 7, 7]

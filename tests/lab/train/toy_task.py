@@ -4,7 +4,7 @@ import numpy as np
 from flax import linen as nn
 
 from quantjax.lab import data
-from quantjax.lab.train import engine
+from quantjax.lab.train import tasks
 
 TRACES = []  # one entry for every time the network is traced
 _STARTS = {}
@@ -32,13 +32,13 @@ def split(count: int, seed: int) -> data.Split:
     return data.Split(images.astype(np.uint8), labels)
 
 
-def make(train: int = 64, test: int = 23, **options) -> engine.Task:
+def make(train: int = 64, test: int = 23, **options) -> tasks.Task:
     dataset = data.Dataset("toy", split(train, 0), split(test, 1), 3, (0.3,), (0.2,))
     augment = options.pop("augment", False)
-    return engine.Task(Network(**options), dataset, augment)
+    return tasks.classification(Network(**options), dataset, augment)
 
 
-def start(task: engine.Task) -> dict:
+def start(task: tasks.Task) -> dict:
     """The variables of seed 0, which take a compilation, once for every network."""
     if task.model not in _STARTS:
         _STARTS[task.model] = task.init(0)
