@@ -180,8 +180,9 @@ class Phase:
 
     def due(self) -> bool:
         """Whether a checkpoint is due."""
-        passed = time.monotonic() - self._saved_at
-        return passed >= max(self._journal.seconds, SHARE * self._cost)
+        seconds = self._journal.seconds
+        wait = max(seconds, SHARE * self._cost) if seconds else 0  # 0: after every step
+        return time.monotonic() - self._saved_at >= wait
 
     def save(self, state, seen: Seen, step: int, *, complete: bool = False):
         """Writes a checkpoint in the background, from copies made now.
@@ -190,6 +191,8 @@ class Phase:
         """
         began = time.monotonic()
         self._settle()
+        if step == self._manager.latest_step():
+            return
         # Copies, since the next step takes the buffers.
         named = {name: _own(leaf) for name, leaf in _named({"state": state, "kept": seen.kept})}
         told = {
@@ -231,10 +234,15 @@ class Phase:
             self._failed(error)
 
     def _opened(self) -> ocp.CheckpointManager:
+        if jax.process_index() == 0:
+            # Not by Orbax, which fails where a thread of a failed one still writes.
+            for half in self._folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(half, ignore_errors=True)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._journal.keep,
             enable_async_checkpointing=True,
-            cleanup_tmp_directories=True,
+            # Where none can be made, the threads that write into them would wait for minutes.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
         return ocp.CheckpointManager(self._folder.absolute(), options=options)
 

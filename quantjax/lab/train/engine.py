@@ -222,20 +222,27 @@ def make_steps(task: Task, method: Method) -> Steps:
 
         return jax.lax.scan(body, state, arrays if indices is None else indices)
 
+    layers = []  # names, in the order of the computation, which a dict out of jit has lost
+
     @jax.jit
-    def explain(state: TrainState, arrays, indices):
+    def numbers(state: TrainState, arrays, indices):
         key, x, y = drawn(state, arrays, indices)
         trainable = _trainable(state.params, state.state.learned, state.quant)
-        watch = ("intermediates",)
-        loss, (_, _, moved) = loss_fn(trainable, state, x, y, key, watch)
-        found = {"the output": moved.pop("intermediates", {}), "the loss": loss}
+        loss, (_, _, moved) = loss_fn(trainable, state, x, y, key, ("intermediates",))
+        layers[:], outputs = guards.in_order(moved.pop("intermediates", {}))
         grads, (_, _, moved) = jax.grad(loss_fn, has_aux=True)(trainable, state, x, y, key)
-        found["the gradient"] = grads
-        return found | {"the next value": next_state(state, grads, moved, key).variables}
+        return outputs, loss, grads, next_state(state, grads, moved, key).variables
 
-    return Steps(
-        jax.jit(on_mesh, donate_argnums=0), jax.jit(many, donate_argnums=0), jax.jit(explain)
-    )
+    def explain(state, arrays, indices):
+        outputs, loss, grads, new = numbers(state, arrays, indices)
+        return {
+            "the output": list(zip(layers, outputs, strict=True)),
+            "the loss": loss,
+            "the gradient": grads,
+            "the next value": new,
+        }
+
+    return Steps(jax.jit(on_mesh, donate_argnums=0), jax.jit(many, donate_argnums=0), explain)
 
 
 class Report(NamedTuple):
@@ -306,10 +313,13 @@ def train(
             step, losses = flying.popleft()
             bad = np.flatnonzero(np.isnan(np.atleast_1d(losses)))
             if bad.size and session.on_nan == "stop":
-                indices = batches.at(step + int(bad[0]))
-                raise FloatingPointError(
-                    _explained(steps, state, feed.batch(indices), label, step + int(bad[0]))
-                )
+                step += int(bad[0])
+                going = meshes.place(jnp.zeros((), bool), state.totals["stopped"].sharding)
+                good = state._replace(totals={**state.totals, "stopped": going})
+                if log is not None:
+                    log.save(good, seen, step)
+                found = steps.explain(good, *feed.batch(batches.at(step)))
+                raise FloatingPointError(guards.explain(label, step + 1, found))
 
     with Progress(label, total, at) as progress, _told(label, batch_size):
         while at < total:
@@ -462,12 +472,6 @@ def _keep(log, state, seen, step, landed, *, reported, complete=False):
         log.save(state, seen, step, complete=complete)
     if stop:
         raise KeyboardInterrupt
-
-
-def _explained(steps, state, batch, label, step) -> str:
-    """Returns what is said of a step that was refused; the state is still that before it."""
-    found = jax.device_get(steps.explain(state, *batch))
-    return guards.explain(label, step + 1, found)
 
 
 @contextlib.contextmanager

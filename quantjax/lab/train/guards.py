@@ -1,5 +1,7 @@
 """What is said when training cannot go on: which step and layer, how much memory, who is gone."""
 
+from collections.abc import Iterable, Mapping
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,16 +20,32 @@ def where(pick, new, old):
     return jax.tree.map(lambda a, b: a if a is b else jnp.where(pick, a, b), new, old)
 
 
-def first_bad(found: dict) -> str | None:
-    """Returns the path of the first leaf that is not finite, of {path: array}; None if none."""
-    for path, leaf in found.items():
+def first_bad(pairs: Iterable) -> str | None:
+    """Returns what is said of the first leaf that is not finite, of (path, array); None if none."""
+    for path, leaf in pairs:
         leaf = np.asarray(leaf)
         if np.issubdtype(leaf.dtype, np.inexact) or leaf.dtype == jnp.bfloat16:
             bad = ~np.isfinite(leaf.astype(np.float32))
             if bad.any():
-                path = path.removesuffix("/__call__/0")  # of what Flax captures
                 return f" of {path} ({bad.sum()} of {bad.size} numbers)" if path else ""
     return None
+
+
+def in_order(captured: dict) -> tuple[list, list]:
+    """Returns names and outputs of the layers that Flax has captured, as they were called."""
+    names, outputs = [], []
+
+    def walk(node, path):
+        for name, child in node.items():
+            if isinstance(child, Mapping):
+                walk(child, (*path, name))
+                continue
+            for leaf in jax.tree.leaves(child):
+                names.append("/".join(path) or "the model")
+                outputs.append(leaf)
+
+    walk(captured, ())
+    return names, outputs
 
 
 def explain(label: str, step: int, parts: dict) -> str:
@@ -36,12 +54,13 @@ def explain(label: str, step: int, parts: dict) -> str:
     Args:
       label: of the phase.
       step: the first such, from 1.
-      parts: {"the weights": tree, ...} in the order in which they are computed; the first one with
-        a number that is not finite is named.
+      parts: {"the loss": tree or pairs, ...} in the order in which they are computed; the first
+        one with a number that is not finite is named.
     """
     told = f"{label}: step {step} is not finite"
     for what, tree in parts.items():
-        bad = first_bad(paths.flatten(tree)[0])
+        pairs = tree if isinstance(tree, list) else paths.flatten(tree)[0].items()
+        bad = first_bad(pairs)
         if bad is not None:
             told = f"{told}, first in {what}{bad}"
             break

@@ -159,7 +159,8 @@ def test_batch_norm_statistics_move_by_a_tenth(task, sgd):
 # Determinism, donation, compilation
 
 
-def test_one_by_one_and_in_a_scan_are_the_same(task):
+def test_one_by_one_and_in_a_scan_are_the_same(task, monkeypatch):
+    monkeypatch.setattr(engine, "CHUNK", 3)
     quantizer = toys.dropping()  # keys and counts, too, must not depend on the way
     method = Method(optax.adam(0.01), quantizer)
     steps = engine.make_steps(task, method)
@@ -314,7 +315,8 @@ def test_an_epoch_holds_every_image_once_at_most(task):
     assert len(set(epochs.ravel().tolist())) == 64  # others are left over each time
 
 
-def test_batches_depend_on_seed_and_step_alone(task):
+def test_batches_depend_on_seed_and_step_alone(task, monkeypatch):
+    monkeypatch.setattr(engine, "CHUNK", 4)
     seen = batches(task, total=13)
     np.testing.assert_array_equal(batches(task, total=13, every=2), seen)
     np.testing.assert_array_equal(batches(task, total=13, every=4, scan=True), seen)

@@ -4,7 +4,6 @@ import collections
 import json
 import multiprocessing
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
