@@ -68,8 +68,8 @@ class Journal:
           versions: of packages; where they differ on resuming, it is told.
 
         Raises:
-          ValueError: nothing to resume, or a run with other settings (says which); OSError: the
-            folder cannot be written.
+          ValueError: nothing to resume, a run with other settings (says which), or a folder of
+            other files; OSError: the folder cannot be written.
         """
         self.folder, self.seconds, self.keep = Path(folder), seconds, keep
         self.resumed = resume
@@ -80,6 +80,8 @@ class Journal:
         if resume:
             self._check(note, about, versions or {})
         elif self.folder.exists() and jax.process_index() == 0:
+            if not note.is_file() and any(self.folder.iterdir()):
+                raise ValueError(f"{self.folder} holds other files than a run's")
             before = self.folder.with_name(f"{self.folder.name}.before")
             shutil.rmtree(before, ignore_errors=True)
             self.folder.rename(before)
