@@ -49,7 +49,7 @@ def main():
         began = time.perf_counter()
         step = engine.make_steps(task, method).one
         state = jax.block_until_ready(
-            step(engine.init_state(task, variables, method, 0), images, labels, indices)
+            step(engine.init_state(task, variables, method, 0), (images, labels), indices)[0]
         )
         runs[name] = step, state
         print(f"{name}: compiled and ran once in {time.perf_counter() - began:.1f} s")
@@ -57,7 +57,7 @@ def main():
         for name in list(chains) if pair % 2 else list(chains)[::-1]:
             step, state = runs[name]
             began = time.perf_counter()
-            state = jax.block_until_ready(step(state, images, labels, indices))
+            state, _ = jax.block_until_ready(step(state, (images, labels), indices))
             times[name].append(time.perf_counter() - began)
             runs[name] = step, state
     medians = {name: float(np.median(values)) for name, values in times.items()}

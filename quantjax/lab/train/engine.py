@@ -1,248 +1,45 @@
-"""Training: one jitted step for every method, whatever it quantizes and however it descends."""
+"""Training: phases of steps, whatever a method quantizes and however it descends.
+
+What belongs to it stands beside it and is found here, too: states, and compiled steps.
+"""
 
 import collections
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import linen as nn
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType
 
-from quantjax import linen
-from quantjax.core.quantizer import InputQuantizer, Quantizer, QuantState
 from quantjax.lab import interrupts
-from quantjax.lab.train import checkpoints, guards, meshes
+from quantjax.lab.train import checkpoints, guards, meshes, states
 from quantjax.lab.train import session as session_lib
 from quantjax.lab.train.progress import Progress
+from quantjax.lab.train.states import Method, TrainState, copied, init_state, model_apply
+from quantjax.lab.train.steps import Steps, make_steps, shared_steps
 from quantjax.lab.train.tasks import Task
 
-FITTED_TO = 256  # training examples, by input quantizers
+__all__ = [
+    "Method",
+    "Report",
+    "Steps",
+    "TrainState",
+    "copied",
+    "fit",
+    "init_state",
+    "make_steps",
+    "model_apply",
+    "run",
+    "shared_steps",
+    "train",
+]
+
 CHUNK = 64  # steps in one `lax.scan`
 ASKED = 32  # steps after which processes ask each other whether to save
 LAG = 2  # dispatches that the device may be behind
-
-
-class Method(NamedTuple):
-    """How a phase trains: what is quantized in the forward pass, and how it descends."""
-
-    optimizer: optax.GradientTransformation
-    quantizer: Quantizer | None = None  # weights; None: as they are
-    input_quantizer: InputQuantizer | Mapping | None = None  # as `linen.quantize_inputs` takes it
-
-
-class TrainState(NamedTuple):
-    """Everything that a training step moves."""
-
-    step: jax.Array  # scalar, int32: steps done in this phase
-    key: jax.Array  # scalar key
-    params: Any
-    state: QuantState  # of the weights' quantizer
-    quant: dict  # collection `quant`: what input quantizers learn
-    quant_stats: dict  # collection `quant_stats`: their buffers
-    batch_stats: dict
-    opt_state: Any
-    totals: dict  # since the last report: sums of loss and accuracy, batches, skipped; and stopped
-
-    @property
-    def variables(self) -> dict:
-        """The collections that `model.apply` takes, with the float params."""
-        collections = {
-            "params": self.params,
-            "batch_stats": self.batch_stats,
-            "quant": self.quant,
-            "quant_stats": self.quant_stats,
-        }
-        return {name: value for name, value in collections.items() if value}
-
-
-def model_apply(model: nn.Module, input_quantizer) -> Callable:
-    """Returns the model's apply, with quantized inputs where there is a quantizer."""
-    model = session_lib.current().model(model)
-    if input_quantizer is None:
-        return model.apply
-    return linen.quantize_inputs(model.apply, input_quantizer)
-
-
-def copied(tree):
-    """Returns a tree with buffers of its own, which no step can take."""
-    return jax.tree.map(jnp.copy, tree)
-
-
-def init_state(task: Task, variables: Mapping, method: Method, seed: int) -> TrainState:
-    """Returns the state of a phase that starts from `variables`, which stay valid.
-
-    Input quantizers fit themselves to the first 256 training examples. On a mesh the state lies as
-    `meshes.shardings` says.
-    """
-    # Copies, since the step donates its state.
-    variables = copied(dict(variables))
-    params = variables["params"]
-    key, init_key = jax.random.split(jax.random.key(seed))
-    quant = {name: variables.get(name, {}) for name in ("quant", "quant_stats")}
-    if method.input_quantizer is not None and not any(quant.values()):
-        apply = model_apply(task.model, method.input_quantizer)
-        x = task.inputs(task.dataset.train[0][:FITTED_TO])
-        _, fitted = jax.jit(lambda v, x: apply(v, x, mutable=list(quant)))(variables, x)
-        quant |= fitted
-    if method.quantizer is None:
-        state = QuantState({}, {})
-    else:
-        state = copied(method.quantizer.init(params, init_key))  # it may hold the params
-    opt_state = method.optimizer.init(_trainable(params, state.learned, quant["quant"]))
-    return placed(
-        TrainState(
-            step=jnp.zeros((), jnp.int32),
-            key=key,
-            params=params,
-            state=state,
-            **quant,
-            batch_stats=variables.get("batch_stats", {}),
-            opt_state=copied(opt_state),
-            totals=_no_totals(),
-        )
-    )
-
-
-def placed(state: TrainState) -> TrainState:
-    """Returns a state that lies where the session's mesh and rules say."""
-    session = session_lib.current()
-    if session.mesh is None:
-        return state
-    where = meshes.shardings(state, state.params, session.mesh, session.rules)
-    return meshes.place(state, where)
-
-
-class Steps(NamedTuple):
-    """Compiled training steps; both donate their state.
-
-    Where indices are None, the arrays are the batches themselves.
-    """
-
-    one: Callable  # (state, (x, y), indices [batch]) -> (state, loss: NaN where it was refused)
-    many: Callable  # the same over indices [steps, batch], in one `lax.scan`; losses [steps]
-    explain: Callable  # (state, (x, y), indices) -> {"the weights": ..., ...} of the next step
-
-
-def make_steps(task: Task, method: Method) -> Steps:
-    """Returns the jitted steps of a method, by the session's mesh, precision and `on_nan`.
-
-    A step whose loss or weights are not finite changes nothing; with "stop" those after it neither.
-    The states of another member of the same family, such as the same quantizer at another width,
-    fit too and compile nothing.
-    """
-    session = session_lib.current()
-    apply = model_apply(task.model, method.input_quantizer)
-    quantizer = method.quantizer
-
-    def loss_fn(trainable, state: TrainState, x, y, key, watched=()):
-        params, learned, quant = _parts(trainable, state)
-        current = state.state._replace(learned=learned)
-        weights = params if quantizer is None else quantizer.apply(params, current, key=key)
-        variables = state._replace(params=weights, quant=quant).variables
-        outputs, moved = apply(
-            variables,
-            task.inputs(x),
-            train=True,
-            mutable=["batch_stats", "quant_stats", *watched],
-            rngs={"quant": jax.random.fold_in(key, 1), "dropout": jax.random.fold_in(key, 2)},
-            **({"capture_intermediates": True} if watched else {}),
-        )
-        losses, hits = task.measure(outputs, y)
-        loss, penalty = jnp.mean(losses), 0.0
-        if quantizer is not None:
-            penalty = quantizer.penalty(current, key=key)
-        return loss + penalty, (loss, jnp.mean(hits.astype(jnp.float32)), moved)
-
-    def drawn(state, arrays, indices):
-        """Returns the key of the step and its batch."""
-        key = jax.random.fold_in(state.key, state.step)
-        x, y = arrays if indices is None else (part[indices] for part in arrays)
-        if task.augment is not None:
-            x, y = task.augment(jax.random.fold_in(key, 3), x, y)
-        return key, x, y
-
-    def next_state(state: TrainState, grads, moved, key):
-        trainable = _trainable(state.params, state.state.learned, state.quant)
-        updates, opt_state = method.optimizer.update(grads, state.opt_state, trainable)
-        params, learned, quant = _parts(optax.apply_updates(trainable, updates), state)
-        quant_state = state.state._replace(learned=learned)
-        if quantizer is not None:
-            quant_state = quantizer.update(params, quant_state, key=key)
-        return state._replace(
-            step=state.step + 1,
-            params=params,
-            state=quant_state,
-            quant=quant,
-            quant_stats=moved.get("quant_stats", state.quant_stats),
-            batch_stats=moved.get("batch_stats", state.batch_stats),
-            opt_state=opt_state,
-        )
-
-    def one(state: TrainState, arrays, indices):
-        key, x, y = drawn(state, arrays, indices)
-        trainable = _trainable(state.params, state.state.learned, state.quant)
-        grads, (loss, hits, moved) = jax.grad(loss_fn, has_aux=True)(trainable, state, x, y, key)
-        new = next_state(state, grads, moved, key)
-        good = guards.all_finite(loss, (new.params, new.state.learned, new.quant))
-        totals = state.totals
-        if session.on_nan == "stop":
-            good &= ~totals["stopped"]
-        added = {"loss": loss, "accuracy": 100 * hits, "batches": 1.0, "skipped": 0.0}
-        skipped = {"loss": 0.0, "accuracy": 0.0, "batches": 0.0, "skipped": 1.0}
-        new = guards.where(good, new, state)
-        if session.on_nan == "skip":
-            new = new._replace(step=state.step + 1)
-        totals = {
-            name: totals[name] + jnp.where(good, added[name], skipped[name]) for name in added
-        } | {"stopped": totals["stopped"] | ~good & (session.on_nan == "stop")}
-        return new._replace(totals=totals), jnp.where(good, loss, jnp.nan)
-
-    def on_mesh(state, arrays, indices):
-        """The same, with a state that lies as it did."""
-        if session.mesh is None:
-            return one(state, arrays, indices)
-        where = meshes.shardings(state, state.params, session.mesh, session.rules)
-        if AxisType.Explicit in session.mesh.axis_types:
-            everywhere = jax.sharding.NamedSharding(session.mesh, jax.sharding.PartitionSpec())
-            run = jax.sharding.auto_axes(one, out_sharding=(where, everywhere))
-            return run(state, arrays, indices)
-        state, loss = one(state, arrays, indices)
-        return jax.lax.with_sharding_constraint(state, where), loss
-
-    def many(state, arrays, indices):
-        def body(state, now):
-            rows, now = (now, None) if indices is None else (arrays, now)
-            return on_mesh(state, rows, now)
-
-        return jax.lax.scan(body, state, arrays if indices is None else indices)
-
-    layers = []  # names, in the order of the computation, which a dict out of jit has lost
-
-    @jax.jit
-    def numbers(state: TrainState, arrays, indices):
-        key, x, y = drawn(state, arrays, indices)
-        trainable = _trainable(state.params, state.state.learned, state.quant)
-        loss, (_, _, moved) = loss_fn(trainable, state, x, y, key, ("intermediates",))
-        layers[:], outputs = guards.in_order(moved.pop("intermediates", {}))
-        grads, (_, _, moved) = jax.grad(loss_fn, has_aux=True)(trainable, state, x, y, key)
-        return outputs, loss, grads, next_state(state, grads, moved, key).variables
-
-    def explain(state, arrays, indices):
-        outputs, loss, grads, new = numbers(state, arrays, indices)
-        return {
-            "the output": list(zip(layers, outputs, strict=True)),
-            "the loss": loss,
-            "the gradient": grads,
-            "the next value": new,
-        }
-
-    return Steps(jax.jit(on_mesh, donate_argnums=0), jax.jit(many, donate_argnums=0), explain)
 
 
 class Report(NamedTuple):
@@ -345,7 +142,7 @@ def train(
             sums = {name: float(value) for name, value in state.totals.items()}
             done = max(sums["batches"], 1)
             progress.show(at, sums["loss"] / done, int(sums["skipped"]))
-            state = state._replace(totals=_placed_totals(state))
+            state = states.without_totals(state)
             report = Report(
                 state,
                 at,
@@ -408,13 +205,6 @@ def run(
                 observe(report)
     seen.kept.update(meshes.gathered(seen.kept, session.mesh))
     return meshes.gathered(state, session.mesh)
-
-
-def shared_steps(compiled: dict, name: str, task: Task, method: Method) -> Steps:
-    """Returns the steps kept as `name`, made at its first use; methods differ in states alone."""
-    if name not in compiled:
-        compiled[name] = make_steps(task, method)
-    return compiled[name]
 
 
 def fit(
@@ -484,24 +274,3 @@ def _told(label, batch_size):
         if told is None:
             raise
         raise told from error
-
-
-def _no_totals() -> dict:
-    sums = {name: jnp.zeros(()) for name in ("loss", "accuracy", "batches", "skipped")}
-    return sums | {"stopped": jnp.zeros((), bool)}
-
-
-def _placed_totals(state) -> dict:
-    totals = _no_totals()
-    return jax.tree.map(lambda new, old: meshes.place(new, old.sharding), totals, state.totals)
-
-
-def _trainable(params, learned, quant):
-    # The params alone where nothing else learns, so that the optimizer sees the params' own paths.
-    return (params, learned, quant) if learned or quant else params
-
-
-def _parts(trainable, state: TrainState):
-    if state.state.learned or state.quant:
-        return trainable
-    return trainable, state.state.learned, state.quant

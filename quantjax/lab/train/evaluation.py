@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from quantjax.lab.train import engine, meshes
+from quantjax.lab.train import meshes, states
 from quantjax.lab.train import session as session_lib
 from quantjax.lab.train.tasks import Score, Task
 
@@ -18,7 +18,7 @@ def make_evaluate(task: Task, input_quantizer=None, batch_size: int = 500) -> Ca
     Off the CPU all batches of a split are one call.
     """
     session = session_lib.current()
-    apply = engine.model_apply(task.model, input_quantizer)
+    apply = states.model_apply(task.model, input_quantizer)
 
     def sums(variables, x, y, real):
         """Returns the sums of losses, of hits and of predictions over a batch."""
