@@ -201,6 +201,7 @@ def exponent(line: dict[int, float], least: int = 0) -> float | None:
 def picture(lines: dict, exponents: dict, size: int):
     """Draws passes above fits, as layers grow and as bits grow; both axes are logarithmic."""
     fig, axes = plots.blank(13.0, 8.0, rows=2, columns=2, layout="constrained")
+    fig.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     looks = dict(
         zip((*KINDS, SCALED), zip(plots.PALETTE, plots.MARKERS, strict=True), strict=False)
     )
@@ -225,10 +226,10 @@ def picture(lines: dict, exponents: dict, size: int):
 def _x_axis(ax, title, grows, size):
     what = "training pass" if title.startswith("pass") else "fit"
     if grows == "n":
-        ax.set_title(f"{what}, {BITS} bits")
+        ax.set_title(f"{what}, {BITS} bits", fontsize=10)
         ax.set_xlabel("weights of the layer")
         return
-    ax.set_title(f"{what}, {size:,} weights")
+    ax.set_title(f"{what}, {size:,} weights", fontsize=10)
     ax.set_xlabel("bits")
     ax.set_xticks(list(WIDTHS), [str(bits) for bits in WIDTHS])
     ax.set_xticks([], minor=True)

@@ -24,7 +24,7 @@ INPUTS = {
         *(qj.pact_input, qj.dorefa_input, qj.multi_bit_input),
     )
 }
-CHECKED = 16  # test images
+CHECKED = 16  # test examples
 
 
 def inspect(path: Path, folder: Path | None = None, tell=None):
@@ -60,8 +60,9 @@ def evaluate(
     dataset: str | None = None,
     model: str | None = None,
     data_dir: Path | None = None,
+    tell=None,
 ) -> tasks.Score:
-    """Returns loss and accuracy of a saved network on the test images of a data set.
+    """Returns loss and accuracy of a saved network on the test examples of a data set.
 
     Args:
       path: of the file.
@@ -69,13 +70,17 @@ def evaluate(
         may also have `inputs`, the repr of the quantizer of the layers' inputs or of a dict of
         them by pattern, and `mean` and `std`, if other than the data set's.
       data_dir: where prepared TFDS sets lie.
+      tell: what prints the score by the task's metric; None: nothing is printed.
 
     Raises:
-      ValueError: the file names no data set or model and none is given, or is of another network.
+      ValueError: the file names no data set or model and none is given, is of another network, or
+        of images where the data are text or the other way round.
     """
     task, variables, inputs = _network(path, dataset, model, data_dir)
-    score = evaluation.make_evaluate(task, inputs)
-    return score(qarray.decode(variables), task.dataset.test)
+    score = evaluation.make_evaluate(task, inputs)(qarray.decode(variables), task.dataset.test)
+    if tell is not None:
+        tell(task.metric.told(score))
+    return score
 
 
 def export(
@@ -93,18 +98,19 @@ def export(
     """Writes a saved network as a program that needs no quantjax, and compares their logits.
 
     It takes what the model takes: float32 images, normalised with the mean and the deviation that
-    are told.
+    are told, or int32 bytes of text.
 
     Args:
       path, dataset, model, data_dir: as in `evaluate`.
       out: of the program: ONNX where it ends in `.onnx`, else StableHLO, as `qj.export` has it.
       platforms: that StableHLO runs on.
       batch: rows of its input; None: any number.
-      pixels: it takes uint8 images, and normalises them itself.
+      pixels: it takes uint8, as the data set has it: images, which it normalises itself, or bytes.
       tell: what prints.
 
     Raises:
-      ValueError: as in `evaluate` and `qj.export`, or a package is missing.
+      ValueError: as in `evaluate` and `qj.export`, a package is missing, or ONNX Runtime has no
+        kernel for what the network does.
       OSError: the program cannot be written; an old one is as it was.
     """
     task, variables, inputs = _network(path, dataset, model, data_dir)
@@ -113,9 +119,9 @@ def export(
     def apply(variables, x):
         return of_model(variables, task.inputs(x) if pixels else x, train=False)
 
-    images = task.dataset.test.images[: batch or CHECKED]
-    images = np.resize(images, (batch or len(images), *images.shape[1:]))
-    x = images if pixels else np.asarray(task.inputs(images))
+    examples = task.dataset.test[0][: batch or CHECKED]
+    examples = np.resize(examples, (batch or len(examples), *examples.shape[1:]))
+    x = examples if pixels else np.asarray(task.inputs(examples))
     as_onnx = out.suffix == ".onnx"
     try:
         if as_onnx:
@@ -133,14 +139,13 @@ def export(
     runs = "ONNX" if as_onnx else f"StableHLO for {', '.join(platforms)}"
     tell(f"{out}: {runs}, {summary.size_text(len(program))}")
     shape = f"{x.dtype} [{batch or 'any'}, {', '.join(map(str, x.shape[1:]))}]"
-    mean, std = ([round(float(v), 4) for v in s] for s in (task.dataset.mean, task.dataset.std))
-    how = "" if pixels else f", (pixels / 255 - mean) / std, mean {mean}, std {std}"
-    tell(f"it takes {shape}{how}")
+    tell(f"it takes {shape}" + ("" if pixels else f", {task.how}"))
     if found is None:
         tell("not compared with the library: it does not run on this machine")
         return
     given = jax.jit(apply)(qarray.decode(variables), x)
-    tell(f"logits of {len(x)} test images: {np.abs(found - given).max():.1e} from the library's")
+    difference = np.abs(found - given).max()
+    tell(f"logits of {len(x)} test {task.examples}: {difference:.1e} from the library's")
 
 
 def _run(program, x):
@@ -153,8 +158,13 @@ def _run(program, x):
 def _run_onnx(program, x):
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(program, providers=["CPUExecutionProvider"])
-    return session.run(None, {"x": x})[0]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns of what it then raises
+    try:
+        session = onnxruntime.InferenceSession(program, options, providers=["CPUExecutionProvider"])
+        return session.run(None, {"x": x})[0]
+    except Exception as error:  # its own have no class in common
+        raise ValueError(f"ONNX Runtime does not run this network: {error}") from error
 
 
 def _network(path, dataset, model, data_dir):
@@ -166,9 +176,10 @@ def _network(path, dataset, model, data_dir):
         if not isinstance(told.get(name), str):
             raise ValueError(f"{path} names no {name}: give --{name}")
     loaded = data.load(told["dataset"], data_dir)
-    for name in {"mean", "std"} & told.keys():
+    for name in {"mean", "std"} & told.keys() & set(loaded._fields):
         loaded = loaded._replace(**{name: tuple(told[name])})
-    task = tasks.classification(models.build(told["model"], loaded.classes), loaded)
+    shape = loaded.train[0].shape[1:]
+    task = tasks.of(models.build(told["model"], loaded.classes, shape=shape), loaded)
     leaves = found.decoded()
     # Collections of input quantizers are the file's own; the others must be the model's.
     like = {**found.tree(leaves), **jax.eval_shape(lambda: task.init(0))}

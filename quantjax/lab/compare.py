@@ -12,19 +12,18 @@ from rich.console import Console
 from quantjax.encoded import storage
 from quantjax.lab import data, interrupts, methods, models
 from quantjax.lab.deploy import better_statistics, deploy
+from quantjax.lab.models import networks
 from quantjax.lab.recipes import check_writable, versions
 from quantjax.lab.report import files, plots
 from quantjax.lab.report.rows import Result, table
 from quantjax.lab.train import engine, evaluation, phases, tasks
 from quantjax.lab.train.options import Options
 
-QUICK = {
-    "methods": methods.QUICK,
-    "model": "small-cnn",
-    "epochs": 4,
-    "batch_size": 32,
-    "limit": 2000,
-}
+IMAGES = {"epochs": 5, "batch_size": 128}
+DIGITS = {"epochs": 20, "batch_size": 32}
+TEXT = {"model": "text-small", "epochs": 3, "batch_size": 32}
+QUICK = {"model": "small-cnn", "epochs": 4, "batch_size": 32, "limit": 2000}
+QUICK_TEXT = {"model": "text-small", "epochs": 5, "batch_size": 32, "limit": 500}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Settings:
     """What `quantjax compare` compares."""
 
     dataset: str = "digits"
-    """digits, a TFDS image classification set, or a directory of .npy/.npz arrays."""
+    """digits, a TFDS set of images or text, or a directory of arrays or of a text."""
     model: str | None = None
     """A network, see `quantjax list`; by data set, or if --quick a small one, if not given."""
     methods: tuple[str, ...] | None = None
@@ -42,40 +41,35 @@ class Settings:
     epochs: int | None = None
     """Epochs in full precision, and again for each row; by data set if not given."""
     batch_size: int | None = None
-    """Images per step; 32 for digits, 128 else, if not given."""
+    """Images or windows of text per step; 32 for digits and text, 128 else, if not given."""
     seed: int = 0
-    """Of the weights, of the order of images, and of whatever is drawn."""
+    """Of the weights, of the order of examples, and of whatever is drawn."""
     out: Path = Path("quantjax-report")
     """The folder of the report."""
     data_dir: Path | None = None
     """Where prepared TFDS sets lie."""
     limit: int | None = None
-    """At most so many training images and test images, drawn by a fixed seed."""
+    """At most so many training and test images, or windows of text, drawn by a fixed seed."""
     quick: bool = False
-    """A few epochs of a small network on 2,000 images, to see that all works: two minutes."""
+    """A few epochs of a small network on 2,000 images or 500 windows, to try it: two minutes."""
 
 
-def resolve(settings: Settings) -> Settings:
+def resolve(settings: Settings, shape: tuple[int, ...] | None = None) -> Settings:
     """Fills in the defaults that depend on the data set and checks all names and numbers.
+
+    Args:
+      shape: of an example; None: nothing is loaded yet, and where neither the data set's name nor
+        the model says whether these are images or text, what depends on it stays open.
 
     Raises:
       ValueError: unknown method or model, width outside 1..16, counts below 1, nothing to draw
-        with; OSError: the report's folder cannot be written. All of it before anything is loaded
-        or trained.
+        with, a model of images for text or the other way round; OSError: the report's folder
+        cannot be written. All of it before anything is trained, and without `shape` all but the
+        last before anything is loaded.
     """
-    small = settings.dataset == "digits"
-    usual = {
-        "methods": methods.DEFAULT,
-        "model": models.DEFAULTS.get(settings.dataset),  # None: by image size
-        "epochs": 20 if small else 5,
-        "batch_size": 32 if small else 128,
-        "limit": None,
-    }
-    if settings.quick:
-        usual |= QUICK
-    given = {name: getattr(settings, name) for name in usual}
+    given = dataclasses.asdict(settings)
     filled = dataclasses.replace(
-        settings, **{name: usual[name] if v is None else v for name, v in given.items()}
+        settings, **{k: v for k, v in _usual(settings, shape).items() if given[k] is None}
     )
     found = {name: methods.find(name).chosen(filled.bits) for name in filled.methods}
     for name, widths in found.items():
@@ -88,10 +82,26 @@ def resolve(settings: Settings) -> Settings:
         if count is not None and count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
     if filled.model is not None:
-        models.build(filled.model, 10)
+        models.build(filled.model, 10, shape=shape)
     plots.check()
     check_writable(filled.out)
     return filled
+
+
+def _usual(settings, shape) -> dict:
+    """Returns the defaults, as far as they are known."""
+    known = models.DEFAULTS.get(settings.dataset)
+    usual = {"methods": methods.QUICK if settings.quick else methods.DEFAULT, "model": known}
+    model = settings.model or known
+    if model is None and shape is not None:
+        model = models.default_model(settings.dataset, shape)
+    if model is None:
+        return usual
+    text = model in networks.TEXT
+    if settings.quick:
+        return usual | (QUICK_TEXT if text else QUICK)
+    images = DIGITS if settings.dataset == "digits" else IMAGES
+    return usual | (TEXT if text else images)
 
 
 def compare(settings: Settings, options: Options = Options()) -> list[Result]:  # noqa: B008
@@ -104,18 +114,21 @@ def compare(settings: Settings, options: Options = Options()) -> list[Result]:  
       As `resolve` and `Options.session`.
     """
     settings = resolve(settings)
+    dataset = data.load(settings.dataset, settings.data_dir)
+    settings = resolve(settings, dataset.train[0].shape[1:])
+    dataset = data.limited(dataset, settings.limit)
     about = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out", "data_dir")}
     with options.session(settings.out / "checkpoints", about, versions()):
-        return _compare(settings)
+        return _compare(settings, dataset)
 
 
-def _compare(settings: Settings) -> list[Result]:
+def _compare(settings: Settings, dataset: data.Dataset | data.Text) -> list[Result]:
     first = jax.process_index() == 0  # of several processes one writes
     console = Console()
     described = describe(settings)
     results = []
     try:
-        for result in rows(settings, tell=console.print):
+        for result in rows(settings, dataset, tell=console.print):
             results.append(result)
             if not first:
                 continue
@@ -124,7 +137,7 @@ def _compare(settings: Settings) -> list[Result]:
             interrupts.tell(f"{page} holds the finished rows, {len(results)} so far")
             console.print(
                 f"[dim]{result.title}, {result.bits:g} bits: "
-                f"{result.quantized:.2f} percent in {result.seconds:.0f} s[/]"
+                f"{result.metric.text(result.quantized)} in {result.seconds:.0f} s[/]"
             )
         if first:
             files.write(settings.out, described, results)
@@ -147,16 +160,26 @@ def describe(settings: Settings) -> dict:
     return {**shown, "device": device.device_kind, "versions": versions(), "command": command}
 
 
-def rows(settings: Settings, tell: Callable = print) -> Iterator[Result]:
-    """Yields full precision first, then a row per method and width; tells of those that diverge."""
-    dataset = data.limited(data.load(settings.dataset, settings.data_dir), settings.limit)
-    shape = dataset.train.images.shape[1:]
+def rows(
+    settings: Settings, dataset: data.Dataset | data.Text, tell: Callable = print
+) -> Iterator[Result]:
+    """Yields full precision first, then a row per method and width; tells of those that diverge.
+
+    Args:
+      settings: of `resolve`, given an example's shape.
+      dataset: the loaded one, limited.
+      tell: what prints.
+    """
+    x = dataset.train[0]
+    shape = x.shape[1:]
     name = settings.model or models.default_model(settings.dataset, shape)
-    task = tasks.classification(
-        models.build(name, dataset.classes), dataset, augment=shape[0] >= 32
-    )
-    evaluate = evaluation.make_evaluate(task)
-    total = settings.epochs * max(1, len(dataset.train.labels) // settings.batch_size)
+    model = models.build(name, dataset.classes, shape=shape)
+    task = tasks.of(model, dataset, augment=shape[0] >= 32)
+    metric, evaluate = task.metric, evaluation.make_evaluate(task)
+    total = settings.epochs * max(1, len(x) // settings.batch_size)
+
+    def scored(variables):
+        return metric.of(evaluate(variables, dataset.test))
 
     def run(label, method, steps, variables):
         phase = phases.Phase(label, method, total, steps)
@@ -164,7 +187,7 @@ def rows(settings: Settings, tell: Callable = print) -> Iterator[Result]:
             task,
             [phase],
             variables,
-            lambda variables: evaluate(_plain(variables), dataset.test).accuracy,
+            lambda variables: metric.sign * scored(_plain(variables)),
             batch_size=settings.batch_size,
             seed=settings.seed,
             every=-(-total // 10),
@@ -173,7 +196,7 @@ def rows(settings: Settings, tell: Callable = print) -> Iterator[Result]:
     def file(method, bits, encoded, variables, score):
         """Returns the file of a network, which `quantjax evaluate` reads with nothing beside it."""
         told = {"model": name, "dataset": settings.dataset, "classes": dataset.classes}
-        told |= {"method": method, "bits": bits, "seed": settings.seed, "accuracy": score}
+        told |= {"method": method, "bits": bits, "seed": settings.seed, metric.name: score}
         return storage.to_bytes({**variables, "params": encoded}, metadata=told)
 
     began = time.monotonic()
@@ -181,21 +204,23 @@ def rows(settings: Settings, tell: Callable = print) -> Iterator[Result]:
     method = methods.full_precision(total)
     full = run("full precision", method, None, first)
     trained = _plain(full.variables)
-    whole = file("float", 32, trained["params"], trained, full.final_score)
+    score = metric.sign * full.final_score
+    whole = file("float", 32, trained["params"], trained, score)
     yield Result(
         method="float",
         title="full precision",
         bits=32,
-        full_precision=full.final_score,
-        quantized=full.final_score,
+        full_precision=score,
+        quantized=score,
         nbytes=len(whole),
         compression=1.0,
         weight_error=0.0,
         seconds=time.monotonic() - began,
-        curve=_curve(full),
+        curve=_curve(full, metric),
         params=trained["params"],
         encoded=trained["params"],
         file=whole,
+        metric=metric,
     )
     for key in settings.methods:
         entry = methods.find(key)
@@ -221,22 +246,23 @@ def rows(settings: Settings, tell: Callable = print) -> Iterator[Result]:
                 state = None if plan.trained is None else plan.trained(outcome.opt_state)
                 shipped = deploy(variables, plan.deploy, state)
             deployed = better_statistics(task, evaluate, shipped.variables)
-            score = evaluate(deployed, dataset.test).accuracy
+            score = scored(deployed)
             packed = file(key, shipped.bits, shipped.encoded, deployed, score)
             yield Result(
                 method=key,
                 title=entry.title,
                 bits=shipped.bits,
-                full_precision=outcome.final_score,
+                full_precision=metric.sign * outcome.final_score,
                 quantized=score,
                 nbytes=len(packed),
                 compression=len(whole) / len(packed),
                 weight_error=shipped.weight_error,
                 seconds=time.monotonic() - began,
-                curve=_curve(outcome),
+                curve=_curve(outcome, metric),
                 params=variables["params"],
                 encoded=shipped.encoded,
                 file=packed,
+                metric=metric,
             )
 
 
@@ -244,5 +270,5 @@ def _plain(variables: dict) -> dict:
     return {name: variables[name] for name in ("params", "batch_stats") if name in variables}
 
 
-def _curve(outcome: phases.Outcome) -> tuple:
-    return tuple((point.step, point.loss, point.score) for point in outcome.history)
+def _curve(outcome: phases.Outcome, metric: tasks.Metric) -> tuple:
+    return tuple((p.step, p.loss, metric.sign * p.score) for p in outcome.history)

@@ -8,10 +8,9 @@ from quantjax import linen
 from quantjax.core import qarray
 from quantjax.core.quantizer import Quantizer, QuantState
 from quantjax.encoded.summary import Row, Summary, summary
-from quantjax.lab import data
 from quantjax.lab.train import tasks
 
-IMAGES = 2000  # of the training set, for the statistics of batch norms after quantization
+EXAMPLES = 2000  # of the training set, for the statistics of batch norms after quantization
 
 
 class Deployed(NamedTuple):
@@ -61,24 +60,25 @@ def deploy(variables: Mapping, quantizer: Quantizer, state: QuantState | None = 
 
 
 def reestimated(task: tasks.Task, variables: Mapping) -> dict:
-    """Returns variables with batch norms' statistics of the first training images.
+    """Returns variables with batch norms' statistics of the first training examples.
 
     They are those of the weights at hand: what was rounded after training has others than its
     float network. Without batch norms nothing changes.
     """
     if "batch_stats" not in variables:
         return dict(variables)
-    size = max(1, min(IMAGES, len(task.dataset.train.images)) // 4)
-    images = task.dataset.train.images[: 4 * size]
-    batches = [task.inputs(images[at : at + size]) for at in range(0, len(images), size)]
+    x = task.dataset.train[0]
+    size = max(1, min(EXAMPLES, len(x)) // 4)
+    x = x[: 4 * size]
+    batches = [task.inputs(x[at : at + size]) for at in range(0, len(x), size)]
     return linen.reestimate_batch_norm(task.model.apply, variables, batches, train=False)
 
 
 def better_statistics(task: tasks.Task, evaluate: Callable, variables: Mapping) -> dict:
-    """Returns variables with batch norms as they are, or re-estimated, by the training images.
+    """Returns variables with batch norms as they are, or re-estimated, by the training set.
 
     Re-estimation repairs what rounding has shifted; where little has, running statistics are as
-    good. The loss on the images of the re-estimation decides; of equals what there is stays.
+    good. The loss on the examples of the re-estimation decides; of equals what there is stays.
 
     Args:
       task, variables: as in `reestimated`.
@@ -86,6 +86,7 @@ def better_statistics(task: tasks.Task, evaluate: Callable, variables: Mapping) 
     """
     if "batch_stats" not in variables:
         return dict(variables)
-    seen = data.Split(*(part[:IMAGES] for part in task.dataset.train))
+    train = task.dataset.train
+    seen = type(train)(*(part[:EXAMPLES] for part in train))
     ways = variables, reestimated(task, variables)
     return dict(min(ways, key=lambda way: evaluate(way, seen).loss))

@@ -49,8 +49,8 @@ class Context:
     limit: int | None = None
     """At most so many training images and test images, drawn by a fixed seed."""
 
-    def load(self, dataset: str) -> data.Dataset:
-        """Returns a data set, at most `limit` images of each split; see `data.load`."""
+    def load(self, dataset: str) -> data.Dataset | data.Text:
+        """Returns a data set, at most `limit` examples of each split; see `data.load`."""
         return data.limited(data.load(dataset, self.data_dir), self.limit)
 
     def steps(self, epochs: float, per_epoch: int) -> int:

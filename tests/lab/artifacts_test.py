@@ -6,8 +6,9 @@ import pytest
 
 import quantjax as qj
 from quantjax.encoded import storage
-from quantjax.lab import artifacts
+from quantjax.lab import artifacts, data, models
 from quantjax.lab.cli import main
+from tests.lab.train.tasks_test import TINY, write_text
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -36,6 +37,41 @@ def test_evaluate_says_what_the_network_scores(network, capsys):
     assert artifacts.evaluate(path).accuracy == pytest.approx(accuracy)
     assert main(["evaluate", str(path)]) == 0
     assert capsys.readouterr().out.startswith(f"accuracy {accuracy:.2f} percent, loss ")
+
+
+def test_scores_are_told_by_the_metric(network, tmp_path, monkeypatch):
+    path, accuracy = network
+    told = []
+    score = artifacts.evaluate(path, tell=told.append)
+    monkeypatch.setitem(models.MODELS, "text-small", TINY)
+    folder = str(write_text(tmp_path))
+    text = data.load(folder)
+    variables = TINY().init(jax.random.key(0), np.asarray(text.test.tokens[:1], np.int32))
+    quantizer = qj.lsq(4)
+    encoded = quantizer.encode(variables["params"], quantizer.init(variables["params"]))
+    net = tmp_path / "net"
+    # Means and deviations are of images: a text has none to replace.
+    about = {"model": "text-small", "dataset": folder, "mean": [0.5], "std": [0.2]}
+    qj.save(net, {**variables, "params": encoded}, metadata=about)
+    of_text = artifacts.evaluate(net, tell=told.append)
+    logits = jax.jit(TINY().apply)(
+        {**variables, "params": qj.decode(encoded)}, np.asarray(text.test.tokens, np.int32)
+    )
+    hits = np.mean(np.argmax(logits, axis=-1) == text.test.targets)
+    chances = np.take_along_axis(
+        np.asarray(jax.nn.softmax(logits)), np.asarray(text.test.targets, int)[..., None], axis=-1
+    )
+    assert told == [
+        f"accuracy {accuracy:.2f} percent, loss {score.loss:.4f}",
+        f"{-np.log2(chances).mean():.3f} bits per byte, accuracy {100 * hits:.2f} percent",
+    ]
+    assert of_text.accuracy == pytest.approx(100 * hits)
+    for file, dataset, message in (
+        (net, "digits", r"the model 'text-small' takes bytes \[length\], the examples are \[8, "),
+        (path, folder, r"the model 'small-cnn' takes images \[h, w, c\], the examples are \[64\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            artifacts.evaluate(file, dataset)
 
 
 def test_what_is_given_comes_before_what_the_file_says(network, tmp_path):

@@ -1,6 +1,7 @@
 """`quantjax compare` from end to end on the digits, one epoch; and how it fails."""
 
 import csv
+import dataclasses
 import json
 
 import jax
@@ -9,12 +10,14 @@ import optax
 import pytest
 
 import quantjax as qj
+from quantjax.encoded import storage
 from quantjax.lab import compare, data, interrupts, methods, models
 from quantjax.lab.compare import Settings
 from quantjax.lab.deploy import better_statistics, reestimated
 from quantjax.lab.report import plots
 from quantjax.lab.train import engine, evaluation, phases, tasks
 from tests.lab.train import toy_task
+from tests.lab.train.tasks_test import TINY, write_text
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -92,7 +95,7 @@ def test_the_numbers_are_those_of_the_networks(settings, results):
 
 
 def stop_after(rows, error):
-    def fn(settings, **kwargs):
+    def fn(*args, **kwargs):
         yield from rows
         raise error
 
@@ -238,7 +241,7 @@ def test_a_limit_leaves_so_many_images(tmp_path, monkeypatch):
 
     monkeypatch.setattr(compare.tasks, "classification", task)
     with pytest.raises(StopError):
-        next(compare.rows(compare.resolve(Settings(limit=90, out=tmp_path))))
+        compare.compare(Settings(limit=90, out=tmp_path))
     assert [len(part.labels) for part in (seen[0].train, seen[0].test)] == [90, 90]
 
 
@@ -259,6 +262,103 @@ def test_defaults_by_data_set(tmp_path):
     )
     assert compare.resolve(given) == given
     assert list(tmp_path.iterdir()) == []  # the probe is gone
+    text = compare.resolve(Settings(dataset="tiny_shakespeare", out=tmp_path))
+    assert (text.model, text.epochs, text.batch_size) == ("text-small", 3, 32)
+    quick = compare.resolve(Settings(dataset="tiny_shakespeare", quick=True, out=tmp_path))
+    assert (quick.model, quick.epochs, quick.limit) == ("text-small", 5, 500)
+    assert quick.methods == methods.QUICK
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_what_a_name_does_not_tell_stays_open_until_the_data_are_there(tmp_path, quick):
+    folder = compare.resolve(Settings(dataset="./any", quick=quick, out=tmp_path))
+    assert folder.methods is not None
+    assert {folder.model, folder.epochs, folder.batch_size, folder.limit} == {None}
+    text = compare.resolve(folder, (64,))
+    known = compare.resolve(Settings(dataset="tiny_shakespeare", quick=quick, out=tmp_path))
+    assert text == dataclasses.replace(known, dataset="./any")
+    images = compare.resolve(folder, (28, 28, 1))
+    assert (images.model, images.epochs, images.batch_size, images.limit) == (
+        ("small-cnn", 4, 32, 2000) if quick else (None, 5, 128, None)  # None: by image size
+    )
+    given = dataclasses.replace(folder, epochs=7, limit=9)
+    given = compare.resolve(given, (64,))
+    assert (given.epochs, given.limit, given.batch_size) == (7, 9, 32)
+
+
+@pytest.fixture(scope="module")
+def text_results(tmp_path_factory):
+    """Rows of a comparison on a text, its settings, and what `phases.run` gave."""
+    folder, out = (tmp_path_factory.mktemp(name) for name in ("text", "report"))
+    settings = Settings(
+        dataset=str(write_text(folder)),
+        methods=("sgd", "lsq"),
+        bits=(3,),
+        epochs=4,
+        batch_size=8,
+        limit=16,
+        out=out,
+    )
+    outcomes, run = [], phases.run
+
+    def recorded(*args, **kwargs):
+        outcomes.append(run(*args, **kwargs))
+        return outcomes[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.MODELS, "text-small", TINY)
+        patch.setattr(compare.phases, "run", recorded)
+        return compare.compare(settings), settings, outcomes
+
+
+def test_networks_of_text_are_judged_by_bits_per_byte(text_results):
+    rows, settings, outcomes = text_results
+    assert [(row.method, row.bits) for row in rows] == [("float", 32), ("sgd", 3), ("lsq", 3)]
+    dataset = data.limited(data.load(settings.dataset), settings.limit)
+    assert len(dataset.train.tokens) == 16
+    apply = jax.jit(TINY().apply)
+    for row in rows:
+        path = settings.out / "networks" / f"{row.method}-{row.bits:g}bits.safetensors"
+        logits = apply(qj.decode(qj.load(path)), np.asarray(dataset.test.tokens, np.int32))
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, dataset.test.targets)
+        assert row.quantized == pytest.approx(float(losses.mean()) / np.log(2), rel=1e-4)
+        told = storage.inspect(path).metadata
+        assert (told["bits per byte"], told["model"]) == (row.quantized, "text-small")
+        assert "accuracy" not in told
+        steps, losses, scores = zip(*row.curve, strict=True)
+        assert steps[-1] == 8
+        assert scores[-1] == row.full_precision
+        # Training and test text are the same words: what is learnt of one is seen in the other.
+        assert scores[0] > scores[-1] > 0
+        assert losses[0] > losses[-1]
+    # The best network on the way is the one of fewest bits.
+    for outcome, row in zip(outcomes, (rows[0], rows[2]), strict=True):
+        assert -outcome.early_score == min(score for _, _, score in row.curve)
+
+
+def test_the_report_of_a_text_says_bits_per_byte(text_results, monkeypatch, capsys):
+    rows, settings, _ = text_results
+    written = json.loads((settings.out / "results.json").read_text())
+    assert (written["complete"], written["metric"]) == (True, "bits per byte")
+    assert [row["quantized"] for row in written["results"]] == [row.quantized for row in rows]
+    assert written["settings"]["model"] == "text-small"
+    page = (settings.out / "report.html").read_text()
+    assert "quantized, bits per byte" in page
+    assert "accuracy" not in page
+    assert f"{rows[1].quantized:.3f}" in page
+    monkeypatch.setattr(compare, "rows", lambda *args, **kwargs: iter(rows))
+    compare.compare(settings)
+    told = capsys.readouterr().out
+    assert f"LSQ, 3 bits: {rows[2].quantized:.3f} bits per byte in " in told
+    assert "percent" not in told
+
+
+@pytest.mark.parametrize("name", ["lenet5", "text-small"])
+def test_a_model_of_the_other_kind_raises_before_training(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(compare, "rows", lambda *args, **kwargs: pytest.fail("trained"))
+    dataset = str(write_text(tmp_path)) if name == "lenet5" else "digits"
+    with pytest.raises(ValueError, match=f"the model '{name}' takes .*, the examples are"):
+        compare.compare(Settings(dataset=dataset, model=name, out=tmp_path / "report"))
 
 
 def test_the_command_is_told_only_where_there_was_one(tmp_path, monkeypatch):
@@ -290,7 +390,7 @@ def test_rows_start_from_the_trained_network_or_from_the_first_weights(tmp_path,
     for name, pretrained in (("scratch", False), ("later", True)):
         monkeypatch.setitem(methods.METHODS, name, methods.Entry(name, plan, pretrained))
     settings = Settings(methods=("later", "scratch"), bits=(4,), out=tmp_path)
-    assert len(list(compare.rows(compare.resolve(settings)))) == 3
+    assert len(list(compare.rows(compare.resolve(settings), data.load("digits")))) == 3
     first = starts["full precision"]["params"]
     jax.tree.map(np.testing.assert_array_equal, starts["scratch, 4 bits"]["params"], first)
     trained = jax.tree.map(lambda leaf: leaf + 1, first)

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import quantjax as qj
+from quantjax.lab import data, models
 from quantjax.lab.cli import main
+from tests.lab.train.tasks_test import TINY, write_text
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -89,6 +91,60 @@ def test_bad_input_is_one_line_and_leaves_the_old_file(saved, tmp_path, capsys):
         assert message in error
         assert error.count("\n") == 1
     assert out.read_text() == "old"
+
+
+@pytest.fixture(scope="module")
+def saved_text(tmp_path_factory):
+    """A file of a network for text, windows of a test text, and their logits."""
+    folder = write_text(tmp_path_factory.mktemp("text"))
+    windows = data.load(folder).test.tokens
+    variables = TINY().init(jax.random.key(0), np.asarray(windows[:1], np.int32))
+    quantizer = qj.uniform(3, axes="channel")
+    params = quantizer.encode(variables["params"], quantizer.init(variables["params"]))
+    path = folder / "net.safetensors"
+    qj.save(
+        path,
+        {**variables, "params": params},
+        metadata={"model": "text-small", "dataset": str(folder)},
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.MODELS, "text-small", TINY)
+        decoded = {**variables, "params": qj.decode(params)}
+        yield path, windows, np.asarray(jax.jit(TINY().apply)(decoded, windows.astype(np.int32)))
+
+
+@pytest.mark.parametrize(
+    ("options", "takes", "count"),
+    [
+        ([], "int32 [any, 64], bytes", 12),
+        (["--batch", "1"], "int32 [1, 64], bytes", 1),
+        (["--batch", "5", "--pixels"], "uint8 [5, 64]", 5),
+    ],
+)
+def test_stablehlo_of_text(saved_text, tmp_path, capsys, options, takes, count):
+    path, windows, logits = saved_text
+    out = tmp_path / "net.stablehlo"
+    assert main(["export", str(path), "--out", str(out), *options]) == 0
+    told = capsys.readouterr().out
+    assert f"it takes {takes}\n" in told
+    (difference,) = re.findall(rf"logits of {count} test windows: (\S+) from the library's", told)
+    assert float(difference) <= 1e-4
+    _, found = run(out, windows[:count].astype(takes.split()[0]))
+    np.testing.assert_allclose(found, logits[:count], atol=1e-4)
+
+
+def test_onnx_of_text_or_why_not(saved_text, tmp_path, capsys):
+    pytest.importorskip("jax2onnx", reason="the extra `onnx` is not installed")
+    runtime = pytest.importorskip("onnxruntime")
+    path, windows, logits = saved_text
+    out = tmp_path / "net.onnx"
+    if main(["export", str(path), "--out", str(out)]):
+        assert "quantjax: ONNX Runtime does not run this network: " in capsys.readouterr().err
+        assert not out.exists()
+        pytest.xfail("no kernel of ONNX Runtime builds the mask of attention")
+    session = runtime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    found = session.run(None, {"x": windows.astype(np.int32)})[0]
+    np.testing.assert_allclose(found, logits, atol=1e-4)
 
 
 def test_onnx_or_what_it_takes(task, saved, tmp_path, capsys, monkeypatch):

@@ -11,6 +11,7 @@ import jax
 from quantjax.encoded import storage
 from quantjax.lab.report import page, plots
 from quantjax.lab.report.rows import NUMBERS, Result, plain
+from quantjax.lab.train.tasks import ACCURACY
 
 
 def write(
@@ -28,6 +29,7 @@ def write(
         mapping) make the first paragraph, command the last one, any others a list; all of it
         goes into the JSON.
       results: the finished rows in the order of the table; 32 bits and more are full precision.
+        JSON and CSV name their metric unless it is accuracy in percent.
       complete: False adds a note that only finished rows are shown.
 
     Raises:
@@ -78,15 +80,22 @@ def _json(settings, results, complete):
         row = {name: getattr(result, name) for name in (*NUMBERS, "curve")}
         rows.append(json.dumps(plain(row), allow_nan=False))
     # One line for each row, which keeps curves readable.
-    head = json.dumps({"settings": plain(settings), "complete": complete}, allow_nan=False)
+    head = {"settings": plain(settings), "complete": complete, **_metric(results)}
+    head = json.dumps(head, allow_nan=False)
     return head[:-1] + ', "results": [\n' + ",\n".join(rows) + "\n]}\n"
 
 
 def _csv(results):
     out = io.StringIO(newline="")
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(NUMBERS)
+    metric = _metric(results)
+    writer.writerow([*NUMBERS, *metric])
     for result in results:
-        values = plain(result[: len(NUMBERS)])
+        values = [*plain(result[: len(NUMBERS)]), *metric.values()]
         writer.writerow("" if value is None else value for value in values)
     return out.getvalue()
+
+
+def _metric(results):
+    metric = results[0].metric
+    return {} if metric == ACCURACY else {"metric": metric.name}

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from quantjax.encoded.summary import size_text, summary
-from quantjax.lab.report import plots
+from quantjax.lab.report import axes, plots
 from quantjax.lab.report.rows import (
-    COLUMNS,
     NONE,
     QUANTIZED,
     Result,
     best_per_width,
     cells_of,
+    columns,
     plain,
     significant,
 )
@@ -33,6 +33,8 @@ def html(
     """
     subject = " on ".join(str(settings[key]) for key in ("model", "dataset") if key in settings)
     heading = f"{subject} at few bits" if subject else "Low-bit methods side by side"
+    metric = results[0].metric
+    lower = "" if metric.sign > 0 else "Lower is better. "
     note = '<p class="note" role="status">interrupted: finished rows only</p>'
     parts = [
         f"<h1>{escape(heading)}</h1>",
@@ -42,11 +44,11 @@ def html(
         _figure(
             images,
             "pareto",
-            "Accuracy against size",
-            "Quantized test accuracy against the size of the encoded network. Up and to the left "
-            "is better. Numbers are bits per weight; the grey steps are the Pareto front, the "
-            "best accuracy that fits into a size. Where errors differ more than fourfold, equal "
-            "distances upwards are equal ratios of the error.",
+            f"{metric.name.capitalize()} against size",
+            f"Quantized test {metric.name} against the size of the encoded network. "
+            f"{'Up' if metric.sign > 0 else 'Down'} and to the left is better. Numbers are bits "
+            f"per weight; the grey steps are the Pareto front, the best {metric.name} that fits "
+            f"into a size.{axes.scale(metric).told}",
         ),
         _figure(
             images,
@@ -62,11 +64,11 @@ def html(
             images,
             "curves",
             "Training",
-            "Training loss and test accuracy of the float weights, step by step; grey: full "
-            "precision. Rows without a training of their own are absent.",
+            f"Training loss and test {metric.name} of the float weights, step by step; grey: full "
+            f"precision. {lower}Rows without a training of their own are absent.",
         ),
         _layers_html(results),
-        _meanings_html(),
+        _meanings_html(metric),
         _settings_html(settings),
     ]
     title = f"quantjax compare: {subject}" if subject else "quantjax compare"
@@ -105,8 +107,9 @@ def _table_html(results):
         line = f'<th scope="row">{mark}{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest)
         starts = row > 0 and result.method != results[row - 1].method
         lines.append(f"<tr{' class=starts' if starts else ''}>{line}</tr>")
-    head = "".join(f'<th scope="col">{escape(column.heading)}</th>' for column in COLUMNS)
-    hint = "Bold: the best quantized accuracy among rows of the same width, in whole bits."
+    metric = results[0].metric
+    head = "".join(f'<th scope="col">{escape(column.heading)}</th>' for column in columns(metric))
+    hint = f"Bold: the best quantized {metric.name} among rows of the same width, in whole bits."
     return _grid(head, lines) + (f'<p class="hint">{hint}</p>' if best else "")
 
 
@@ -158,9 +161,10 @@ def _figure(images, key, heading, caption):
     )
 
 
-def _meanings_html():
+def _meanings_html(metric):
     items = "".join(
-        f"<dt>{escape(column.heading)}</dt><dd>{escape(column.meaning)}</dd>" for column in COLUMNS
+        f"<dt>{escape(column.heading)}</dt><dd>{escape(column.meaning)}</dd>"
+        for column in columns(metric)
     )
     return f"<section><h2>How to read the columns</h2><dl>{items}</dl></section>"
 

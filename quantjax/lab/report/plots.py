@@ -1,4 +1,4 @@
-"""The pictures of a report: accuracy against size, weights on their levels, learning curves.
+"""The pictures of a report: the metric against size, weights on their levels, learning curves.
 
 They are `matplotlib.figure.Figure` objects, drawn by Agg; pyplot and its global state stay out.
 """
@@ -12,7 +12,9 @@ import jax
 import numpy as np
 
 from quantjax.core import paths, qarray
+from quantjax.lab.report import axes as axes_lib
 from quantjax.lab.report import labels
+from quantjax.lab.report import rows as rows_lib
 
 INK, SOFT, FAINT = "#1a1a1a", "#666666", "#c9c9c9"
 # Okabe and Ito's colours that stand out from white, then three of Tol's: safe for the colour-blind.
@@ -51,20 +53,24 @@ def name(result) -> str:
 
 
 def pareto(results: Sequence):
-    """Draws quantized accuracy (percent) against size (kB, log), and the Pareto front.
+    """Draws the metric of quantized networks against size (kB, log), and the Pareto front.
 
-    The accuracy axis is logarithmic in the error where errors differ more than fourfold.
+    An axis of accuracies is logarithmic in the error where errors differ more than fourfold.
+    Returns None when no network has a finite metric.
     """
+    metric, looks = results[0].metric, colors(results)
+    results = [result for result in results if math.isfinite(result.quantized)]
+    if not results:
+        return None
     fig, (ax,) = blank(9.3, 5.0, layout="constrained")
-    looks = colors(results)
     x = np.array([result.nbytes / 1000 for result in results])
     y = np.array([result.quantized for result in results])
     ax.set_xscale("log")
-    _accuracy_axis(ax, y)
+    axes_lib.scale(metric).draw(ax, y)
     ax.set_xlim(x.min() / 1.6, x.max() * 1.45)
-    _size_ticks(ax)
+    axes_lib.sizes(ax)
 
-    front = pareto_front(x, y)
+    front = pareto_front(x, metric.sign * y)
     corners_x = [*x[front], ax.get_xlim()[1]]
     corners_y = [*y[front], y[front[-1]]]
     steps = np.repeat(corners_x, 2)[1:], np.repeat(corners_y, 2)[:-1]
@@ -72,6 +78,8 @@ def pareto(results: Sequence):
     lines = [steps]
     for method, (color, marker) in looks.items():
         mine = sorted((i for i, r in enumerate(results) if r.method == method), key=x.__getitem__)
+        if not mine:
+            continue
         size = 150 if marker == "*" else 46
         ax.plot(x[mine], y[mine], color=color, lw=0.9, alpha=0.55, zorder=2)
         lines.append((x[mine], y[mine]))
@@ -80,7 +88,8 @@ def pareto(results: Sequence):
         )
     texts = [r.title if r.bits >= 32 else f"{r.title} {r.bits:.3g}" for r in results]
     ax.set_xlabel("size of the encoded network, kB")
-    ax.set_ylabel("test accuracy of the quantized network, %")
+    lower = "" if metric.sign > 0 else ", lower is better"
+    ax.set_ylabel(rows_lib.axis(metric, "the quantized network") + lower)
     front_label = ax.annotate(
         "Pareto front", (1, corners_y[-1]), (0, 4), xycoords=ax.get_yaxis_transform(),
         textcoords="offset points", ha="right", fontsize=8, color=SOFT,
@@ -90,14 +99,14 @@ def pareto(results: Sequence):
     return fig
 
 
-def pareto_front(size, accuracy) -> list[int]:
-    """Returns the points that no other beats in size and accuracy, by size.
+def pareto_front(size, score) -> list[int]:
+    """Returns the points that no other beats in size and score, higher is better, by size.
 
     Of equal points the first is taken.
     """
     front = []
-    for i in np.lexsort((-np.asarray(accuracy), size)):
-        if not front or accuracy[i] > accuracy[front[-1]]:
+    for i in np.lexsort((-np.asarray(score), size)):
+        if not front or score[i] > score[front[-1]]:
             front.append(int(i))
     return front
 
@@ -188,11 +197,11 @@ def histograms(pictures: Sequence[tuple]):
 
 
 def curves(results: Sequence):
-    """Draws training loss and accuracy by step, a pair of panels for each method that trained.
+    """Draws training loss and metric by step, a pair of panels for each method that trained.
 
     Full precision is repeated in grey. Returns None when no result has a curve.
     """
-    looks = colors(results)
+    looks, metric = colors(results), results[0].metric
     full = next((r.curve for r in results if r.bits >= 32 and r.curve), ())
     # One training may serve several rows: {method: {curve: [results]}}.
     trained = {}
@@ -209,8 +218,8 @@ def curves(results: Sequence):
     points = [point for mine in trained.values() for curve in mine for point in curve]
     points += full
     for i, (method, mine) in enumerate(trained.items()):
-        loss, accuracy = axes[2 * i : 2 * i + 2]
-        for ax, column in ((loss, 1), (accuracy, 2)):
+        loss, score = axes[2 * i : 2 * i + 2]
+        for ax, column in ((loss, 1), (score, 2)):
             if full and full not in mine:
                 _line(ax, full, column, color="#b4b4b4", lw=2.2, label="full precision")
             for style, (curve, served) in enumerate(mine.items()):
@@ -219,12 +228,12 @@ def curves(results: Sequence):
                 label = "full precision" if served[0].bits >= 32 else f"{bits} bits"
                 _line(ax, curve, column, color=looks[method][0], lw=1.5, ls=dash, label=label)
             ax.set_xlabel("step")
-        _loss_axis(loss, [point[1] for point in points])
-        _accuracy_axis(accuracy, [point[2] for point in points])
+        axes_lib.losses(loss, [point[1] for point in points])
+        axes_lib.scale(metric).draw(score, [point[2] for point in points])
         headings(loss, next(iter(mine.values()))[0].title, "training loss")
-        headings(accuracy, "", "test accuracy of the float weights, %")
-        # Accuracies saturate, which leaves room below them.
-        accuracy.legend(loc="best", fontsize=7, labelcolor=INK, handlelength=2.4, frameon=False)
+        headings(score, "", rows_lib.axis(metric, "the float weights"))
+        # What is judged saturates, which leaves room beside the curves.
+        score.legend(loc="best", fontsize=7, labelcolor=INK, handlelength=2.4, frameon=False)
     for ax in axes[2 * len(trained) :]:
         ax.remove()
     return fig
@@ -294,63 +303,6 @@ def _edges(shown):
         count = below + math.ceil((high - first) / bin_width)
         return first + bin_width * np.arange(-below, count - below + 1)
     return np.linspace(low, high, 122)
-
-
-def _accuracy_axis(ax, accuracies):
-    """Sets scale, limits and ticks for accuracies in percent."""
-    from matplotlib import ticker
-
-    worst, best = float(np.min(accuracies)), float(np.max(accuracies))
-    # No test set of these sizes resolves less than a hundredth of a percent.
-    floor = 0.01
-    error_of_worst, error_of_best = max(floor, 100 - worst), max(floor, 100 - best)
-    if error_of_worst < 4 * error_of_best:
-        margin = max(0.1, 0.12 * (best - worst))
-        ax.set_ylim(max(0, worst - margin), min(100.2, best + margin))
-        return
-    ax.set_yscale("function", functions=(_to_height, _from_height))
-    low, high = (float(_to_height(100 - e)) for e in (error_of_worst, error_of_best))
-    margin = 0.08 * (high - low)
-    bottom, top = (float(_from_height(h)) for h in (max(0.0, low - margin), high + margin))
-    ax.set_ylim(bottom, top)
-    nice = [0, 20, 50, 70, 80, 90, 95, 97, 98, 99, 99.5, 99.8, 99.9, 99.95]
-    ax.yaxis.set_major_locator(ticker.FixedLocator([t for t in nice if bottom <= t <= top]))
-    ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_locator(ticker.NullLocator())
-    ax.grid(axis="y", color="#eeeeee", lw=0.8, zorder=0)
-    ax.set_axisbelow(True)
-
-
-def _to_height(accuracy):
-    return -np.log10(np.maximum(100.0 - np.asarray(accuracy, float), 1e-3) / 100)
-
-
-def _from_height(height):
-    return 100 - 100 * 10.0 ** -np.asarray(height, float)
-
-
-def _loss_axis(ax, losses):
-    from matplotlib import ticker
-
-    positive = [loss for loss in losses if 0 < loss < math.inf]
-    if positive and max(positive) > 5 * min(positive):
-        ax.set_yscale("log")
-        ax.set_ylim(min(positive) / 1.3, max(positive) * 1.3)
-        ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.yaxis.set_minor_formatter(ticker.NullFormatter())
-
-
-def _size_ticks(ax):
-    from matplotlib import ticker
-
-    low, high = ax.get_xlim()
-    wide, narrow = high / low > 300, high / low < 6
-    steps = (1,) if wide else (1, 1.5, 2, 3, 4, 5, 6, 8) if narrow else (1, 2, 5)
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [step * 10.0**power for power in powers for step in steps]
-    ax.xaxis.set_major_locator(ticker.FixedLocator([t for t in ticks if low <= t <= high]))
-    ax.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,g}"))
-    ax.xaxis.set_minor_locator(ticker.NullLocator())
 
 
 def _line(ax, curve, column, **look):

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from quantjax.lab.train.tasks import ACCURACY, Metric
+
 
 class Result(NamedTuple):
     """One row: a method at a width."""
@@ -14,16 +16,17 @@ class Result(NamedTuple):
     method: str  # key as on the command line: "psg"
     title: str  # "PSG"
     bits: float  # average bits per weight; 32 for full precision
-    full_precision: float  # test accuracy of the float weights, percent
-    quantized: float  # test accuracy of what ships, percent
+    full_precision: float  # the metric of the float weights on the test set
+    quantized: float  # the metric of what ships
     nbytes: int  # of the file of the whole network
     compression: float  # times smaller than the file of the float network
     weight_error: float  # sum of squared weight errors over quantized layers / number of layers
     seconds: float  # time this row took, compilation included
-    curve: tuple  # ((step, training loss, test accuracy of the float weights), ...)
+    curve: tuple  # ((step, training loss, metric of the float weights), ...)
     params: Any  # float params (tree)
     encoded: Any  # tree with Grid, Table or MultiBit leaves
     file: bytes = b""  # what ships, as `save` writes it
+    metric: Metric = ACCURACY  # the same in all rows
 
 
 class Column(NamedTuple):
@@ -33,42 +36,57 @@ class Column(NamedTuple):
     meaning: str
 
 
-COLUMNS = (
-    Column("method", "How the network came to few bits; the mark is the one of the pictures."),
-    Column("bits", "Bits per weight, averaged over the quantized layers, scales and tables apart."),
-    Column("full precision, %", "Test accuracy of the float weights that the method trained."),
-    Column(
-        "quantized, %",
-        "Test accuracy of the encoded network: what ships. Its batch norms have running "
-        "statistics, or those of 2,000 training images under these very weights, whichever has "
-        "the lower loss there.",
-    ),
-    Column(
-        "size, kB",
-        "The file of the whole network in units of 1000 bytes: codes, scales and tables, leaves "
-        "that stay float, names and digests.",
-    ),
-    Column("compression", "How many times smaller than the file of the network in float32."),
-    Column(
-        "weight error",
-        "Squared distance between float and quantized weights, summed over all quantized layers, "
-        "divided by the number of these layers (the MSE of the PSG paper).",
-    ),
-    Column("time, s", "What this row took, compilation included."),
+# Networks of text have none, and it is their metric that takes a word.
+BATCH_NORMS = (
+    "Its batch norms have running statistics, or those of 2,000 training images under these very "
+    "weights, whichever has the lower loss there."
 )
 QUANTIZED = 3  # the column whose best cells are bold
 NUMBERS = Result._fields[: Result._fields.index("curve")]  # what a line of CSV holds
 NONE = "–"  # noqa: RUF001
 
 
+def columns(metric: Metric) -> tuple[Column, ...]:
+    """Returns the columns of a table whose networks are judged by a metric."""
+    name, unit = f"Test {metric.name}", metric.symbol or metric.name
+    return (
+        Column("method", "How the network came to few bits; the mark is the one of the pictures."),
+        Column(
+            "bits", "Bits per weight, averaged over the quantized layers, scales and tables apart."
+        ),
+        Column(f"full precision, {unit}", f"{name} of the float weights that the method trained."),
+        Column(
+            f"quantized, {unit}",
+            f"{name} of the encoded network: what ships. {metric.meaning or BATCH_NORMS}",
+        ),
+        Column(
+            "size, kB",
+            "The file of the whole network in units of 1000 bytes: codes, scales and tables, "
+            "leaves that stay float, names and digests.",
+        ),
+        Column("compression", "How many times smaller than the file of the network in float32."),
+        Column(
+            "weight error",
+            "Squared distance between float and quantized weights, summed over all quantized "
+            "layers, divided by the number of these layers (the MSE of the PSG paper).",
+        ),
+        Column("time, s", "What this row took, compilation included."),
+    )
+
+
+def axis(metric: Metric, whose: str) -> str:
+    """Returns how a picture names a metric: `test accuracy of the float weights, %`."""
+    return ", ".join(filter(None, [f"test {metric.name} of {whose}", metric.symbol]))
+
+
 def table(results: Sequence[Result]):
-    """Returns a rich table of the results; the best quantized accuracy of a width is bold."""
+    """Returns a rich table of the results; the best quantized network of a width is bold."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for i, column in enumerate(COLUMNS):
+    for i, column in enumerate(columns(results[0].metric)):
         # Broken headings: the table fits into 80 columns.
         heading = column.heading.replace(",", "").replace(" ", "\n")
         out.add_column(heading, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
@@ -81,19 +99,19 @@ def table(results: Sequence[Result]):
 
 
 def best_per_width(results: Sequence[Result]) -> set[int]:
-    """Returns the rows of best quantized accuracy among those of the same width, ties included.
+    """Returns the rows of best quantized networks among those of the same width, ties included.
 
     Widths are rounded to whole bits, 1 at least. A width of one row has no best.
     """
     widths = {}
     for row, result in enumerate(results):
-        if result.bits < 32:
+        if result.bits < 32 and math.isfinite(result.quantized):
             widths.setdefault(max(1, round(result.bits)), []).append(row)
     best = set()
     for rows in widths.values():
-        most = max(results[row].quantized for row in rows)
+        top = results[0].metric.best(results[row].quantized for row in rows)
         if len(rows) > 1:
-            best |= {row for row in rows if results[row].quantized == most}
+            best |= {row for row in rows if results[row].quantized == top}
     return best
 
 
@@ -103,12 +121,13 @@ def cells_of(results):
     rows = []
     for r in results:
         low = r.params is not r.encoded  # full precision ships as it is
+        digits = f".{r.metric.digits}f"
         rows.append(
             [
                 r.title,
                 _number(r.bits, "g" if whole else ".2f"),
-                _number(r.full_precision, ".2f"),
-                _number(r.quantized, ".2f") if low else NONE,
+                _number(r.full_precision, digits),
+                _number(r.quantized, digits) if low else NONE,
                 _number(r.nbytes / 1000, ",.1f"),
                 _number(r.compression, ".1f") + "×",  # noqa: RUF001
                 significant(r.weight_error) if low else NONE,

@@ -82,7 +82,7 @@ def test_a_better_network_from_before_the_last_pruning_is_not_kept(monkeypatch):
         seen.append(jax.device_get(variables["params"]))
         return training.tasks.Score(0.0, next(scores))
 
-    monkeypatch.setattr(training.engine, "make_evaluate", lambda task: evaluate)
+    monkeypatch.setattr(training.evaluation, "make_evaluate", lambda task: evaluate)
     outcome = training.train(
         task,
         toy_task.split(30, 2),

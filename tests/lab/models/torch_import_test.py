@@ -12,7 +12,8 @@ import quantjax as qj
 from quantjax.lab import data, models
 from quantjax.lab.deploy import deploy
 from quantjax.lab.models.torch_import import Layer, import_state_dict, load_torch, torch_layers
-from quantjax.lab.train.engine import Task, make_evaluate
+from quantjax.lab.train.evaluation import make_evaluate
+from quantjax.lab.train.tasks import classification
 
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden"
 RESNET = GOLDEN / "ResNet82_state_dict.npz"
@@ -213,7 +214,7 @@ def test_public_resnet_reaches_its_accuracy_on_cifar100(bits, expected):
     variables = import_state_dict(model, load_torch(RESNET), cifar.test.images.shape[1:])
     if bits is not None:  # every layer, the dense bias included
         variables = deploy(variables, qj.uniform(bits, biases=True)).variables
-    evaluate = make_evaluate(Task(model, cifar))
+    evaluate = make_evaluate(classification(model, cifar))
     assert evaluate(variables, cifar.test).accuracy == pytest.approx(expected, abs=0.1)
 
 

@@ -1,5 +1,6 @@
 """Trains every method in one run that keeps checkpoints: what `kills_test` starts and kills."""
 
+import contextlib
 import itertools
 import os
 import pickle
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 import optax
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 
 import quantjax as qj
 from experiments.alq import training
@@ -39,7 +41,7 @@ METHODS = {
     "rq": lambda: engine.Method(optax.adam(0.01), qj.rq(3)),
     "srq": lambda: engine.Method(optax.adam(0.01), qj.srq(3, dropbits=True)),
     "dropbits": lambda: engine.Method(
-        optax.adam(0.3), qj.srq(3, learn_bits=True, freeze_after=7, penalty=0.1)
+        optax.adam(0.5), qj.srq(4, learn_bits=True, freeze_after=7, penalty=1.0)
     ),
     "magnitude": lambda: engine.Method(_momentum(), qj.magnitude(0.3, end=9, every=2)),
     "parq": lambda: engine.Method(
@@ -73,8 +75,8 @@ def train() -> dict:
     )
     evaluate = evaluation.make_evaluate(task)
     parts = [
-        phases.Phase("search", engine.Method(optax.adam(0.03)), STEPS),
-        phases.Phase("deploy", engine.Method(optax.adam(0.03), qj.uniform(2)), STEPS),
+        phases.Phase("search", engine.Method(optax.adam(0.005)), STEPS),
+        phases.Phase("deploy", engine.Method(optax.adam(0.01), qj.uniform(2)), STEPS),
     ]
 
     def score(variables):
@@ -96,6 +98,21 @@ def _plain(leaf):
     return leaf
 
 
+@contextlib.contextmanager
+def _without_cache():
+    """Within, programs are compiled: one that was loaded is not written whole."""
+    try:
+        _use_cache(False)
+        yield
+    finally:
+        _use_cache(True)
+
+
+def _use_cache(use):
+    jax.config.update("jax_enable_compilation_cache", use)
+    compilation_cache.reset_cache()  # what it has decided once
+
+
 class Program:
     """A jitted function that only the first process traces and compiles; the others load it."""
 
@@ -106,9 +123,8 @@ class Program:
         if self._loaded is None:
             if not self._file.is_file():
                 lowered = self._function.lower(*args)
-                jax.config.update("jax_enable_compilation_cache", False)  # else it is not whole
-                parts = serialize_executable.serialize(lowered.compile())
-                jax.config.update("jax_enable_compilation_cache", True)
+                with _without_cache():
+                    parts = serialize_executable.serialize(lowered.compile())
                 self._file.write_bytes(pickle.dumps(parts))
             parts = pickle.loads(self._file.read_bytes())
             self._loaded = serialize_executable.deserialize_and_load(*parts)
