@@ -29,6 +29,7 @@ SECONDS = 60.0  # between checkpoints
 KEEP = 2  # in a phase that goes on
 SHARE = 20  # training takes that many times what its checkpoints take, at least
 SHOWN = 3  # differences in a message
+OURS = r"\d{3}-|damaged-\d{3}-|\.?run\.json"  # how names in a run's folder begin
 LONGEST = 200  # characters of another library's message
 
 
@@ -80,8 +81,10 @@ class Journal:
         if resume:
             self._check(note, about, versions or {})
         elif self.folder.exists() and jax.process_index() == 0:
-            if not note.is_file() and any(self.folder.iterdir()):
-                raise ValueError(f"{self.folder} holds other files than a run's")
+            # A run that was killed as it began or ended may lack its note.
+            others = [at.name for at in self.folder.iterdir() if not re.match(OURS, at.name)]
+            if others and not note.is_file():
+                raise ValueError(f"{self.folder} holds other files than a run's: {others[0]}")
             before = self.folder.with_name(f"{self.folder.name}.before")
             shutil.rmtree(before, ignore_errors=True)
             self.folder.rename(before)

@@ -347,6 +347,21 @@ def test_starting_anew_moves_what_is_there(tmp_path, capsys):
     assert bits(read(resumed(tmp_path / "run"))[0]) == bits(state(3))
 
 
+@pytest.mark.parametrize("left", ["000-train/2", ".run.json.17.part", "damaged-000-train-2"])
+def test_what_a_run_has_left_that_was_killed_at_its_end_is_in_nobodys_way(tmp_path, left):
+    (tmp_path / "run" / left).mkdir(parents=True)
+    write(begun(tmp_path / "run"), 3)
+    assert (tmp_path / "run.before" / left).is_dir()
+
+
+def test_files_of_others_stay_where_they_are(tmp_path):
+    (tmp_path / "run" / "000-train").mkdir(parents=True)
+    (tmp_path / "run" / "thesis.txt").write_text("")
+    with pytest.raises(ValueError, match=r"holds other files than a run's: thesis\.txt"):
+        begun(tmp_path / "run")
+    assert (tmp_path / "run" / "thesis.txt").is_file()
+
+
 def test_a_run_that_is_over_leaves_nothing(tmp_path):
     (tmp_path / "beside").write_text("")
     journal = begun(tmp_path / "run")
