@@ -117,13 +117,18 @@ def _load_directory(path: Path) -> Dataset | Text:
         raise ValueError(f"{path} holds {len(archives)} .npz files, expected one (or .npy files)")
     found = {file.stem: file for file in path.glob("*.npy")}
     if archives:
-        with np.load(archives[0], allow_pickle=False) as archive:
+        with (
+            splits.reading(archives[0]),
+            archives[0].open("rb") as file,  # here, since NumPy leaves a damaged one open
+            np.load(file, allow_pickle=False) as archive,
+        ):
             arrays = {name: archive[name] for name in ARRAYS if name in archive}
             found = dict.fromkeys(archive.files)
     else:
-        arrays = {
-            name: np.load(found[name], allow_pickle=False) for name in ARRAYS if name in found
-        }
+        arrays = {}
+        for name in [name for name in ARRAYS if name in found]:
+            with splits.reading(found[name]), found[name].open("rb") as file:
+                arrays[name] = np.load(file, allow_pickle=False)
     missing = [name for name in ARRAYS if name not in arrays]
     if missing:
         raise FileNotFoundError(

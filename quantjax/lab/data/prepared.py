@@ -4,7 +4,6 @@ import io
 import json
 import os
 import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +37,9 @@ def load(name: str, data_dir: str | os.PathLike | None) -> Dataset | Text:
         raise ValueError(f"{error}; a path of arrays starts with '.', '~' or '/'") from None
     except AssertionError as error:  # a version that does not exist
         raise ValueError(str(error)) from None
+    except Exception as error:
+        with splits.reading(f"{name!r} in {data_dir}"):
+            raise error
     if not builder.is_prepared():
         raise FileNotFoundError(
             f"{name!r} is not prepared in {builder.data_dir}: " + PREPARE.format(name=name)
@@ -93,7 +95,7 @@ def _read(name: str, builder, split: str, shape: tuple[int, ...]) -> Split:
     n = len(records)
     print(f"decoding {n} images of {name}, {split}", file=sys.stderr, flush=True)
     images, labels = np.empty((n, *shape), np.uint8), np.empty(n, np.int32)
-    for row, example in enumerate(_examples(records)):
+    for row, example in enumerate(_examples(f"{name!r} in {folder}, {split},", records)):
         images[row], labels[row] = example["image"], example["label"]
     try:
         content = io.BytesIO()
@@ -106,7 +108,8 @@ def _read(name: str, builder, split: str, shape: tuple[int, ...]) -> Split:
 
 def _read_text(name: str, builder, split: str) -> tuple[str, bytes]:
     """Returns what errors call a split, and its examples with a newline between them."""
-    examples = _examples(_records(name, builder, split))
+    where = f"{name!r} in {builder.data_dir}, {split},"
+    examples = _examples(where, _records(name, builder, split))
     return f"{name} {split}", b"\n".join(example["text"] for example in examples)
 
 
@@ -120,11 +123,13 @@ def _records(name: str, builder, split: str):
         ) from None
 
 
-def _examples(records, chunk: int = 1000) -> Iterator[dict]:
+def _examples(where: str, records, chunk: int = 1000) -> Iterator[dict]:
     """Yields all records; they are read faster in chunks."""
     n = len(records)
     for start in range(0, n, chunk):
-        yield from records.__getitems__(range(start, min(start + chunk, n)))
+        with splits.reading(where):
+            examples = records.__getitems__(range(start, min(start + chunk, n)))
+        yield from examples
 
 
 def _fingerprint(folder: Path) -> str:
@@ -140,7 +145,7 @@ def _cached(cache: Path, source: str) -> tuple[np.ndarray, np.ndarray] | None:
         with cache.open("rb") as file, np.load(file, allow_pickle=False) as found:
             if str(found["source"]) == source:
                 return found["images"], found["labels"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except Exception:  # of the many that damage raises
         pass
     return None
 

@@ -1,5 +1,6 @@
 """A data set in memory: its types, its checks, its statistics."""
 
+import contextlib
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -39,6 +40,18 @@ class Dataset(NamedTuple):
 
 AnySplit = TypeVar("AnySplit", Split, Windows)
 AnyDataset = TypeVar("AnyDataset", Dataset, Text)
+
+
+@contextlib.contextmanager
+def reading(what):
+    """Within, whatever a library says of damage is a ValueError of a line that names the files."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise ValueError(f"{what} cannot be read: {lines[0][:200]}") from None
 
 
 def holdout(split: AnySplit, count: int, seed: int) -> tuple[AnySplit, AnySplit]:

@@ -181,11 +181,6 @@ def main(out: Path, programs: Path, folder: Path | None, seconds: float, resume:
                 self.tell()
                 return super().due()
 
-            def save(self, state, seen, step, *, complete=False):
-                if complete:  # nobody asked whether it is due
-                    self.tell()
-                super().save(state, seen, step, complete=complete)
-
         checkpoints.Phase, checkpoints.SHARE = Told, 0
         about = {"what": "all methods"}
         journal = checkpoints.Journal(folder, about, resume=resume, seconds=seconds, keep=2)
