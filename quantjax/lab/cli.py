@@ -88,7 +88,7 @@ def _main(arguments) -> int:
         model: str | None = None,
         data_dir: Path | None = None,
     ):
-        """Prints the accuracy of a saved network on test images.
+        """Prints how good a saved network is on test images or a test text.
 
         Args:
           file: that qj.save has written.
@@ -96,8 +96,7 @@ def _main(arguments) -> int:
           model: as in compare; what the file says if not given.
           data_dir: where prepared TFDS sets lie.
         """
-        score = artifacts.evaluate(file, dataset, model, data_dir)
-        print(f"accuracy {score.accuracy:.2f} percent, loss {score.loss:.4f}")
+        artifacts.evaluate(file, dataset, model, data_dir, tell=print)
 
     def export(
         file: Annotated[Path, positional],
@@ -118,8 +117,8 @@ def _main(arguments) -> int:
           model: as in compare; what the file says if not given.
           data_dir: where prepared TFDS sets lie.
           platforms: that StableHLO runs on, of cpu, cuda, tpu, rocm.
-          batch: images at once; any number if not given.
-          pixels: it takes uint8 images instead of normalised ones.
+          batch: images or windows at once; any number if not given.
+          pixels: it takes uint8 images instead of normalised ones, or uint8 bytes.
         """
         artifacts.export(
             *(file, out, dataset, model, data_dir),

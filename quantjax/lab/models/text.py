@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Block(nn.Module):
@@ -26,7 +27,8 @@ class Block(nn.Module):
             nn.Dense(width, dtype=self.dtype, name=name)(y).reshape(n, length, self.heads, -1)
             for name in ("query", "key", "value")
         )
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(n, length, width)
+        seen = np.tril(np.ones((1, 1, length, length), bool))
+        y = jax.nn.dot_product_attention(q, k, v, mask=seen).reshape(n, length, width)
         x = x + nn.Dense(width, dtype=self.dtype, name="out")(y)
         y = nn.LayerNorm(dtype=self.dtype, name="mlp_norm")(x)
         y = nn.gelu(nn.Dense(4 * width, dtype=self.dtype, name="up")(y))
