@@ -133,7 +133,7 @@ def test_stablehlo_of_text(saved_text, tmp_path, capsys, options, takes, count):
     np.testing.assert_allclose(found, logits[:count], atol=1e-4)
 
 
-def test_onnx_of_text_or_why_not(saved_text, tmp_path, capsys):
+def test_onnx_of_text(saved_text, tmp_path):
     pytest.importorskip("jax2onnx", reason="the extra `onnx` is not installed")
     runtime = pytest.importorskip("onnxruntime")
     path, windows, logits = saved_text

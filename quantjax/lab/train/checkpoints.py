@@ -334,6 +334,9 @@ def _abstract(leaf):
 
 
 def _typed(found, leaf):
+    """Returns what was found as a leaf of its kind, bound to a device only where that one is."""
+    if isinstance(leaf, jax.Array) and not leaf.committed:
+        found = jax.numpy.array(np.asarray(found))
     if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(found, impl=jax.random.key_impl(leaf))
     return found

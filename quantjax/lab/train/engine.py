@@ -111,7 +111,7 @@ def train(
             bad = np.flatnonzero(np.isnan(np.atleast_1d(losses)))
             if bad.size and session.on_nan == "stop":
                 step += int(bad[0])
-                going = meshes.place(jnp.zeros((), bool), state.totals["stopped"].sharding)
+                going = states.beside(jnp.zeros((), bool), state.totals["stopped"])
                 good = state._replace(totals={**state.totals, "stopped": going})
                 if log is not None:
                     log.save(good, seen, step)

@@ -107,11 +107,17 @@ def placed(state: TrainState) -> TrainState:
     return meshes.place(state, where)
 
 
+def beside(new, old):
+    """Returns an array where another one lies; where that is nowhere in particular, so is this.
+
+    An array that is bound to its device would have the step compiled again.
+    """
+    return meshes.place(new, old.sharding) if old.committed else new
+
+
 def without_totals(state: TrainState) -> TrainState:
     """Returns a state whose sums begin anew, where they lay."""
-    new = jax.tree.map(
-        lambda zero, old: meshes.place(zero, old.sharding), _no_totals(), state.totals
-    )
+    new = jax.tree.map(beside, _no_totals(), state.totals)
     return state._replace(totals=new)
 
 
