@@ -82,6 +82,9 @@ class Options:
         mesh = None if self.mesh is None else meshes.make(self.mesh)
         if self.processes > 1 and mesh is None:
             raise ValueError("several processes need a mesh, such as --mesh data=2")
+        trace = None if self.profile is None else monitor.Trace(self.profile)
+        board = None if self.tensorboard is None else monitor.Board(self.tensorboard)
+        # Last, since it puts the checkpoints of an earlier run aside.
         journal = checkpoints.Journal(
             folder,
             {**about, **self.about},
@@ -90,13 +93,12 @@ class Options:
             keep=self.keep,
             versions=versions,
         )
-        trace = None if self.profile is None else monitor.Trace(self.profile)
         session = session_lib.Session(
             mesh=mesh,
             precision=session_lib.PRECISIONS[self.precision],
             on_nan=self.on_nan,
             journal=journal,
-            board=None if self.tensorboard is None else monitor.Board(self.tensorboard),
+            board=board,
             trace=trace,
         )
         with session_lib.use(session):

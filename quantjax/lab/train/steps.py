@@ -22,7 +22,7 @@ class Steps(NamedTuple):
 
     one: Callable  # (state, (x, y), indices [batch]) -> (state, loss: NaN where it was refused)
     many: Callable  # the same over indices [steps, batch], in one `lax.scan`; losses [steps]
-    explain: Callable  # (state, (x, y), indices) -> {"the weights": ..., ...} of the next step
+    explain: Callable  # (state, (x, y), indices) -> {"the output": ..., ...} of the next step
 
 
 def make_steps(task: Task, method: Method) -> Steps:

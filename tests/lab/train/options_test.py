@@ -40,8 +40,13 @@ def test_bad_input_is_told_before_training(tmp_path, options, told):
 @pytest.mark.parametrize("option", ["tensorboard", "profile"])
 def test_folders_that_cannot_be_made(tmp_path, option):
     (tmp_path / "file").write_text("")
+    with pytest.raises(KeyboardInterrupt), opened(tmp_path):
+        raise KeyboardInterrupt
     with pytest.raises(OSError), opened(tmp_path, **{option: tmp_path / "file" / "below"}):  # noqa: PT011
         pytest.fail("it began")
+    assert not (
+        tmp_path / "run.before"
+    ).exists()  # an earlier run's checkpoints are where they were
 
 
 def test_checkpoints_go_with_the_end_and_stay_without_it(tmp_path):
