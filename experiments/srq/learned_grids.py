@@ -12,7 +12,7 @@ from quantjax.core import paths
 from quantjax.core.quantizer import InputQuantizer, Quantizer
 from quantjax.lab import data, models
 from quantjax.lab.deploy import Deployed, deploy
-from quantjax.lab.methods import faster_masks
+from quantjax.lab.plans import faster_masks
 from quantjax.lab.recipes import Context, Network
 from quantjax.lab.train import engine, evaluation, tasks
 from quantjax.methods.srq import widths

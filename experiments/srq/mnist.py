@@ -12,7 +12,7 @@ import itertools
 
 import quantjax as qj
 from experiments.srq import learned_grids
-from quantjax.lab.methods import MASK_RATE
+from quantjax.lab.plans import MASK_RATE
 
 TITLE = "SRQ and DropBits on MNIST: LeNet-5 20-50-500, weights and activations"
 PENALTIES = (1e-2, 1e-3)

@@ -68,7 +68,7 @@ def _main(arguments) -> int:
         """Prints the table of recorded results.
 
         Args:
-          write: a Markdown file whose results section is replaced.
+          write: a Markdown file whose sections of results and of the comparison are replaced.
           folder: of the records; experiments/results if not given.
         """
         records.show(write, recipes.FOLDER / "results" if folder is None else folder)

@@ -2,28 +2,29 @@
 
 import dataclasses
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 from rich.console import Console
+from rich.markup import escape
 
-from quantjax.encoded import storage
 from quantjax.lab import data, interrupts, methods, models
-from quantjax.lab.deploy import better_statistics, deploy
 from quantjax.lab.models import networks
 from quantjax.lab.recipes import check_writable, versions
 from quantjax.lab.report import files, plots
-from quantjax.lab.report.rows import Result, table
-from quantjax.lab.train import engine, evaluation, phases, tasks
+from quantjax.lab.report import rows as rows_lib
+from quantjax.lab.report.rows import Result
+from quantjax.lab.train import tasks
 from quantjax.lab.train.options import Options
+from quantjax.lab.trained_rows import Rows
 
-IMAGES = {"epochs": 5, "batch_size": 128}
-DIGITS = {"epochs": 20, "batch_size": 32}
-TEXT = {"model": "text-small", "epochs": 3, "batch_size": 32}
-QUICK = {"model": "small-cnn", "epochs": 4, "batch_size": 32, "limit": 2000}
-QUICK_TEXT = {"model": "text-small", "epochs": 5, "batch_size": 32, "limit": 500}
+IMAGES = {"epochs": 5, "batch_size": 128, "seeds": (0,)}
+DIGITS = {"epochs": 20, "batch_size": 32, "seeds": (0, 1, 2)}
+TEXT = {"model": "text-small", "epochs": 3, "batch_size": 32, "seeds": (0,)}
+QUICK = {"model": "small-cnn", "epochs": 4, "batch_size": 32, "limit": 2000, "seeds": (0,)}
+QUICK_TEXT = {**QUICK, "model": "text-small", "epochs": 5, "limit": 500}
+NOT_TOLD = ("out", "data_dir", "overwrite")  # nothing that is trained depends on them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,17 +36,24 @@ class Settings:
     model: str | None = None
     """A network, see `quantjax list`; by data set, or if --quick a small one, if not given."""
     methods: tuple[str, ...] | None = None
-    """Rows of the table, see `quantjax list`; the usual ones, or if --quick four, if not given."""
+    """Rows of the table, see `quantjax list`, all, or module:function of your own; the usual ones,
+    or if --quick four, if not given."""
     bits: tuple[int, ...] | None = None
     """Bit-widths, one row per method and width that it has; 2, or what is usual, if not given."""
+    inputs: int | None = None
+    """Bits of the layers' inputs: rows that train on quantized weights train with them, others are
+    calibrated afterwards; float if not given."""
     epochs: int | None = None
     """Epochs in full precision, and again for each row; by data set if not given."""
     batch_size: int | None = None
     """Images or windows of text per step; 32 for digits and text, 128 else, if not given."""
-    seed: int = 0
-    """Of the weights, of the order of examples, and of whatever is drawn."""
+    seeds: tuple[int, ...] | None = None
+    """A training each, of the weights, of the order of examples, and of whatever is drawn; 0 1 2
+    for digits, 0 else or if --quick, if not given."""
     out: Path = Path("quantjax-report")
     """The folder of the report."""
+    overwrite: bool = False
+    """Write over the report of another comparison."""
     data_dir: Path | None = None
     """Where prepared TFDS sets lie."""
     limit: int | None = None
@@ -62,8 +70,9 @@ def resolve(settings: Settings, shape: tuple[int, ...] | None = None) -> Setting
         the model says whether these are images or text, what depends on it stays open.
 
     Raises:
-      ValueError: unknown method or model, width outside 1..16, counts below 1, nothing to draw
-        with, a model of images for text or the other way round; OSError: the report's folder
+      ValueError: unknown method or model, width outside 1..16, counts below 1, no seed, or one
+        below 0 or named twice, nothing to draw with, a model of images for text or the other way
+        round, a folder that holds the report of another comparison; OSError: the report's folder
         cannot be written. All of it before anything is trained, and without `shape` all but the
         last before anything is loaded.
     """
@@ -71,12 +80,19 @@ def resolve(settings: Settings, shape: tuple[int, ...] | None = None) -> Setting
     filled = dataclasses.replace(
         settings, **{k: v for k, v in _usual(settings, shape).items() if given[k] is None}
     )
+    filled = dataclasses.replace(filled, methods=methods.named(filled.methods))
     found = {name: methods.find(name).chosen(filled.bits) for name in filled.methods}
     for name, widths in found.items():
         for bits in widths:
-            methods.find(name).plan(bits, 10)  # checks the width
+            methods.plan_of(name, bits, 10)  # checks the width
+        if filled.inputs is not None:
+            methods.find(name).inputs(filled.inputs)
     if filled.bits == () or not any(found.values()):
         raise ValueError("nothing to compare: give at least one method and one width")
+    if filled.seeds == ():
+        raise ValueError("seeds must name at least one seed")
+    if filled.seeds and (min(filled.seeds) < 0 or len(set(filled.seeds)) < len(filled.seeds)):
+        raise ValueError(f"seeds must be different whole numbers from 0 on, got {filled.seeds}")
     for name in ("epochs", "batch_size", "limit"):
         count = getattr(filled, name)
         if count is not None and count < 1:
@@ -85,6 +101,8 @@ def resolve(settings: Settings, shape: tuple[int, ...] | None = None) -> Setting
         models.build(filled.model, 10, shape=shape)
     plots.check()
     check_writable(filled.out)
+    if None not in (filled.epochs, filled.model):
+        check_folder(filled, describe(filled))
     return filled
 
 
@@ -117,7 +135,7 @@ def compare(settings: Settings, options: Options = Options()) -> list[Result]:  
     dataset = data.load(settings.dataset, settings.data_dir)
     settings = resolve(settings, dataset.train[0].shape[1:])
     dataset = data.limited(dataset, settings.limit)
-    about = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out", "data_dir")}
+    about = {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_TOLD}
     with options.session(settings.out / "checkpoints", about, versions()):
         return _compare(settings, dataset)
 
@@ -135,15 +153,15 @@ def _compare(settings: Settings, dataset: data.Dataset | data.Text) -> list[Resu
             files.write_network(settings.out, result)
             page = files.write(settings.out, described, results, complete=False)
             interrupts.tell(f"{page} holds the finished rows, {len(results)} so far")
-            console.print(
-                f"[dim]{result.title}, {result.bits:g} bits: "
-                f"{result.metric.text(result.quantized)} in {result.seconds:.0f} s[/]"
-            )
+            told = f"{result.title}, {result.bits:.3g} bits: {result.metric.text(result.quantized)}"
+            console.print(f"[dim]{escape(told)} in {result.seconds:.0f} s[/]")
         if first:
             files.write(settings.out, described, results)
     finally:
         if results and first:
-            console.print(table(results))
+            console.print(rows_lib.table(results))
+            for note in rows_lib.notes(results):
+                console.print(f"[dim]{escape(note)}[/]", highlight=False)
             console.print(f"report: {page}")
     return results
 
@@ -153,7 +171,7 @@ def describe(settings: Settings) -> dict:
     shown = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in dataclasses.asdict(settings).items()
-        if name not in ("out", "data_dir") and value is not None
+        if name not in NOT_TOLD and value is not None
     }
     device = jax.devices()[0]
     command = " ".join(["quantjax", *sys.argv[1:]]) if sys.argv[1:2] == ["compare"] else ""
@@ -170,105 +188,40 @@ def rows(
       dataset: the loaded one, limited.
       tell: what prints.
     """
-    x = dataset.train[0]
-    shape = x.shape[1:]
+    shape = dataset.train[0].shape[1:]
     name = settings.model or models.default_model(settings.dataset, shape)
     model = models.build(name, dataset.classes, shape=shape)
-    task = tasks.of(model, dataset, augment=shape[0] >= 32)
-    metric, evaluate = task.metric, evaluation.make_evaluate(task)
-    total = settings.epochs * max(1, len(x) // settings.batch_size)
-
-    def scored(variables):
-        return metric.of(evaluate(variables, dataset.test))
-
-    def run(label, method, steps, variables):
-        phase = phases.Phase(label, method, total, steps)
-        return phases.run(
-            task,
-            [phase],
-            variables,
-            lambda variables: metric.sign * scored(_plain(variables)),
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            every=-(-total // 10),
-        )
-
-    def file(method, bits, encoded, variables, score):
-        """Returns the file of a network, which `quantjax evaluate` reads with nothing beside it."""
-        told = {"model": name, "dataset": settings.dataset, "classes": dataset.classes}
-        told |= {"method": method, "bits": bits, "seed": settings.seed, metric.name: score}
-        return storage.to_bytes({**variables, "params": encoded}, metadata=told)
-
-    began = time.monotonic()
-    first = task.init(settings.seed)
-    method = methods.full_precision(total)
-    full = run("full precision", method, None, first)
-    trained = _plain(full.variables)
-    score = metric.sign * full.final_score
-    whole = file("float", 32, trained["params"], trained, score)
-    yield Result(
-        method="float",
-        title="full precision",
-        bits=32,
-        full_precision=score,
-        quantized=score,
-        nbytes=len(whole),
-        compression=1.0,
-        weight_error=0.0,
-        seconds=time.monotonic() - began,
-        curve=_curve(full, metric),
-        params=trained["params"],
-        encoded=trained["params"],
-        file=whole,
-        metric=metric,
+    trained = Rows(
+        tasks.of(model, dataset, augment=shape[0] >= 32),
+        *(name, settings.dataset),
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        seeds=settings.seeds,
+        inputs=settings.inputs,
+        tell=tell,
     )
-    for key in settings.methods:
-        entry = methods.find(key)
-        start = trained if entry.pretrained else first
-        steps = None
-        for bits in entry.chosen(settings.bits):
-            began = time.monotonic()
-            plan = entry.plan(bits, total)
-            outcome = full
-            if plan.method is not None:
-                # One compiled step serves all widths: they differ in their states alone.
-                if steps is None or not entry.shared:
-                    steps = engine.make_steps(task, plan.method)
-                try:
-                    outcome = run(f"{entry.title}, {bits} bits", plan.method, steps, start)
-                except FloatingPointError as error:
-                    tell(f"{error}; it has no row")
-                    continue
-            variables = _plain(outcome.variables)
-            if plan.deploy is None:
-                shipped = deploy(variables, plan.method.quantizer, outcome.state)
-            else:
-                state = None if plan.trained is None else plan.trained(outcome.opt_state)
-                shipped = deploy(variables, plan.deploy, state)
-            deployed = better_statistics(task, evaluate, shipped.variables)
-            score = scored(deployed)
-            packed = file(key, shipped.bits, shipped.encoded, deployed, score)
-            yield Result(
-                method=key,
-                title=entry.title,
-                bits=shipped.bits,
-                full_precision=metric.sign * outcome.final_score,
-                quantized=score,
-                nbytes=len(packed),
-                compression=len(whole) / len(packed),
-                weight_error=shipped.weight_error,
-                seconds=time.monotonic() - began,
-                curve=_curve(outcome, metric),
-                params=variables["params"],
-                encoded=shipped.encoded,
-                file=packed,
-                metric=metric,
-            )
+    yield trained.full_precision()
+    for method in settings.methods:
+        for row in trained.widths(method, settings.bits):
+            result = row()
+            if result is not None:
+                yield result
 
 
-def _plain(variables: dict) -> dict:
-    return {name: variables[name] for name in ("params", "batch_stats") if name in variables}
-
-
-def _curve(outcome: phases.Outcome, metric: tasks.Metric) -> tuple:
-    return tuple((p.step, p.loss, metric.sign * p.score) for p in outcome.history)
+def check_folder(settings: Settings, described: dict):
+    """Raises ValueError where the report's folder holds another comparison, with what differs."""
+    there = files.read_settings(settings.out)
+    if there is None or settings.overwrite:
+        return
+    mine = rows_lib.plain(described)
+    names = [field.name for field in dataclasses.fields(settings) if field.name in {*mine, *there}]
+    told = [
+        f"{name} {there.get(name)!r}, here {mine.get(name)!r}"
+        for name in names
+        if there.get(name) != mine.get(name)
+    ]
+    if told:
+        raise ValueError(
+            f"{settings.out} holds the report of another comparison ({'; '.join(told)}): give "
+            "another --out, or --overwrite"
+        )

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from quantjax import linen
 from quantjax.core import qarray
-from quantjax.core.quantizer import Quantizer, QuantState
+from quantjax.core.quantizer import InputQuantizer, Quantizer, QuantState
 from quantjax.encoded.summary import Row, Summary, summary
 from quantjax.lab.train import tasks
 
@@ -59,11 +59,14 @@ def deploy(variables: Mapping, quantizer: Quantizer, state: QuantState | None = 
     return Deployed(shipped, encoded, summary(encoded, params))
 
 
-def reestimated(task: tasks.Task, variables: Mapping) -> dict:
+def reestimated(task: tasks.Task, variables: Mapping, inputs: InputQuantizer | None = None) -> dict:
     """Returns variables with batch norms' statistics of the first training examples.
 
     They are those of the weights at hand: what was rounded after training has others than its
     float network. Without batch norms nothing changes.
+
+    Args:
+      inputs: the quantizer of the layers' inputs, whose state the variables hold.
     """
     if "batch_stats" not in variables:
         return dict(variables)
@@ -71,22 +74,29 @@ def reestimated(task: tasks.Task, variables: Mapping) -> dict:
     size = max(1, min(EXAMPLES, len(x)) // 4)
     x = x[: 4 * size]
     batches = [task.inputs(x[at : at + size]) for at in range(0, len(x), size)]
-    return linen.reestimate_batch_norm(task.model.apply, variables, batches, train=False)
+    apply = task.model.apply
+    apply = apply if inputs is None else linen.quantize_inputs(apply, inputs)
+    return linen.reestimate_batch_norm(apply, variables, batches, train=False)
 
 
-def better_statistics(task: tasks.Task, evaluate: Callable, variables: Mapping) -> dict:
+def better_statistics(
+    task: tasks.Task,
+    evaluate: Callable,
+    variables: Mapping,
+    inputs: InputQuantizer | None = None,
+) -> dict:
     """Returns variables with batch norms as they are, or re-estimated, by the training set.
 
     Re-estimation repairs what rounding has shifted; where little has, running statistics are as
     good. The loss on the examples of the re-estimation decides; of equals what there is stays.
 
     Args:
-      task, variables: as in `reestimated`.
+      task, variables, inputs: as in `reestimated`.
       evaluate: of `evaluation.make_evaluate`.
     """
     if "batch_stats" not in variables:
         return dict(variables)
     train = task.dataset.train
     seen = type(train)(*(part[:EXAMPLES] for part in train))
-    ways = variables, reestimated(task, variables)
+    ways = variables, reestimated(task, variables, inputs)
     return dict(min(ways, key=lambda way: evaluate(way, seen).loss))

@@ -44,7 +44,10 @@ def _methods() -> Iterable[tuple[str, str]]:
             widths = "float weights"
         else:
             widths = f"{low} to {high} bits" if high > low else f"{low} bit{'s'[: low > 1]}"
-        yield name, f"{entry.title}; {widths}" + ("" if entry.by_default else "; not by default")
+        default = "; by default" if name in methods.DEFAULT else ""
+        yield name, f"{entry.title}; {widths}{default}"
+    yield methods.ALL, "All of these."
+    yield "module:function", "Of your own, (bits, total steps) -> quantjax.lab.plans.Plan."
 
 
 def _models() -> Iterable[tuple[str, str]]:

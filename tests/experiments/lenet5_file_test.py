@@ -1,4 +1,4 @@
-"""README's table of LeNet-5 as whole files is the records'."""
+"""The table of LeNet-5 as whole files in RESULTS.md is the records'."""
 
 import re
 
@@ -7,9 +7,9 @@ import pytest
 from quantjax.lab import recipes
 from quantjax.lab.report import records
 
-README = (recipes.FOLDER.parent / "README.md").read_text()
+PAGE = (recipes.FOLDER / "RESULTS.md").read_text()
 LINES = re.findall(
-    r"^\| `(\w+_lenet5_\w+)`, ([^|]+?) \| ([\d.]+) KB \| ([\d.]+)% \|", README, re.MULTILINE
+    r"^\| `(\w+_lenet5_\w+)`, ([^|]+?) \| ([\d.]+) KB \| ([\d.]+)% \|", PAGE, re.MULTILINE
 )
 LARGEST = {"alq_lenet5_file": 24, "fq_lenet5_file": 11}  # KB, as is claimed
 

@@ -61,6 +61,11 @@ def test_arguments_that_are_no_arguments(arguments, capsys):
         (["run", "recipe.py", "--limit", "0"], "limit must be at least 1, got 0"),
         (["run", "recipe.py", "--seeds"], "seeds must name at least one seed"),
         (["compare", "--methods"], "nothing to compare: give at least one method"),
+        (["compare", "--seeds"], "seeds must name at least one seed"),
+        (["compare", "--seeds", "0", "-1"], "different whole numbers from 0 on, got (0, -1)"),
+        (["compare", "--seeds", "1", "1"], "different whole numbers from 0 on, got (1, 1)"),
+        (["compare", "--inputs", "0"], "bits must be"),
+        (["compare", "--methods", "absent_module:plan"], "cannot import 'absent_module'"),
         (["results", "--folder", "absent"], "no records in absent"),
         (["run", "recipe.py", "--out", "file"], "file"),
         (["run", "other.py"], "other.py is no recipe: it lacks run"),
@@ -115,11 +120,11 @@ def test_records_stay_out_of_the_repository_unless_asked(tmp_path, monkeypatch, 
 def test_compare_is_given_its_settings(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(compare, "compare", lambda *given: seen.append(given))
-    words = ["--methods", "psg", "sgd", "--bits", "4", "2", "--epochs", "3", "--seed", "7"]
+    words = ["--methods", "psg", "sgd", "--bits", "4", "2", "--epochs", "3", "--seeds", "7", "9"]
     assert main(["compare", *words, "--out", str(tmp_path), "--quick"]) == 0
     assert main(["compare", "--resume", "--mesh", "data=2", "--precision", "bf16"]) == 0
     expected = Settings(
-        methods=("psg", "sgd"), bits=(4, 2), epochs=3, seed=7, out=tmp_path, quick=True
+        methods=("psg", "sgd"), bits=(4, 2), epochs=3, seeds=(7, 9), out=tmp_path, quick=True
     )
     options = Options(resume=True, mesh="data=2", precision="bf16")
     assert seen == [(expected, Options()), (Settings(), options)]

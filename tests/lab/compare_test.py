@@ -11,7 +11,7 @@ import pytest
 
 import quantjax as qj
 from quantjax.encoded import storage
-from quantjax.lab import compare, data, interrupts, methods, models
+from quantjax.lab import compare, data, interrupts, methods, models, plans
 from quantjax.lab.compare import Settings
 from quantjax.lab.deploy import better_statistics, reestimated
 from quantjax.lab.report import plots
@@ -50,6 +50,13 @@ def test_the_report_holds_the_rows(settings, results):
     written = json.loads((settings.out / "results.json").read_text())
     assert written["complete"] is True
     assert [row["quantized"] for row in written["results"]] == [row.quantized for row in results]
+    assert [row["start"] for row in written["results"]] == [
+        "",
+        "trained",
+        "trained",
+        "none",
+        "none",
+    ]
     with (settings.out / "results.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert [line["title"] for line in lines] == [row.title for row in results]
@@ -131,7 +138,7 @@ def test_a_method_that_diverges_has_no_row_and_the_others_go_on(tmp_path, monkey
     for part, (images, labels) in (("train", toy.train), ("test", toy.test)):
         np.save(tmp_path / f"{part}_images.npy", images)
         np.save(tmp_path / f"{part}_labels.npy", labels)
-    wild = methods.Entry("wild", lambda bits, total: methods.Plan(engine.Method(optax.sgd(1e30))))
+    wild = methods.Entry("wild", lambda bits, total: plans.Plan(engine.Method(optax.sgd(1e30))))
     monkeypatch.setitem(methods.METHODS, "wild", wild)
     results = compare.compare(
         Settings(
@@ -150,7 +157,13 @@ def test_a_method_that_diverges_has_no_row_and_the_others_go_on(tmp_path, monkey
 
 def test_batch_norms_ship_with_the_statistics_of_the_quantized_weights(tmp_path):
     settings = Settings(
-        model="small-cnn-bn", methods=("sgd",), bits=(2,), epochs=1, limit=400, out=tmp_path
+        model="small-cnn-bn",
+        methods=("sgd",),
+        bits=(2,),
+        epochs=1,
+        limit=400,
+        seeds=(0,),
+        out=tmp_path,
     )
     _, row = compare.compare(settings)
     task = tasks.classification(
@@ -191,6 +204,10 @@ def nothing_loaded(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"seeds": ()}, "seeds must name at least one seed"),
+        ({"seeds": (0, -1)}, r"different whole numbers from 0 on, got \(0, -1\)"),
+        ({"seeds": (2, 2)}, r"different whole numbers from 0 on, got \(2, 2\)"),
+        ({"inputs": 0}, "bits must be"),
         ({"methods": ("psg", "psgd")}, "unknown method 'psgd'; did you mean .*'psg'"),
         ({"model": "resnet21"}, "unknown model 'resnet21'; did you mean"),
         ({"bits": (4, 0)}, r"bits must be a whole number in 1\.\.16, got 0"),
@@ -248,8 +265,10 @@ def test_a_limit_leaves_so_many_images(tmp_path, monkeypatch):
 def test_defaults_by_data_set(tmp_path):
     digits = compare.resolve(Settings(out=tmp_path))
     assert (digits.model, digits.epochs, digits.batch_size) == ("small-cnn", 20, 32)
+    assert digits.seeds == (0, 1, 2)
     mnist = compare.resolve(Settings(dataset="mnist", out=tmp_path))
     assert (mnist.model, mnist.epochs, mnist.batch_size) == ("lenet5", 5, 128)
+    assert mnist.seeds == (0,)
     assert digits.methods == mnist.methods == methods.DEFAULT
     quick = compare.resolve(Settings(dataset="cifar10", quick=True, out=tmp_path))
     assert (quick.methods, quick.model, quick.epochs) == (methods.QUICK, "small-cnn", 4)
@@ -258,9 +277,18 @@ def test_defaults_by_data_set(tmp_path):
     longer = compare.resolve(longer)
     assert (longer.epochs, longer.model, longer.limit) == (9, "lenet5", 7)  # what is given counts
     given = Settings(
-        dataset="./arrays", model="lenet5", methods=("psg",), epochs=3, batch_size=7, out=tmp_path
+        dataset="./arrays",
+        model="lenet5",
+        methods=("psg",),
+        epochs=3,
+        batch_size=7,
+        seeds=(5,),
+        out=tmp_path,
     )
     assert compare.resolve(given) == given
+    every = compare.resolve(Settings(methods=("lsq", "all"), out=tmp_path)).methods
+    assert sorted(every) == sorted(methods.METHODS)
+    assert every[0] == "lsq"
     assert list(tmp_path.iterdir()) == []  # the probe is gone
     text = compare.resolve(Settings(dataset="tiny_shakespeare", out=tmp_path))
     assert (text.model, text.epochs, text.batch_size) == ("text-small", 3, 32)
@@ -307,7 +335,7 @@ def text_results(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.MODELS, "text-small", TINY)
-        patch.setattr(compare.phases, "run", recorded)
+        patch.setattr(phases, "run", recorded)
         return compare.compare(settings), settings, outcomes
 
 
@@ -371,27 +399,30 @@ def test_the_command_is_told_only_where_there_was_one(tmp_path, monkeypatch):
 
 
 def test_rows_start_from_the_trained_network_or_from_the_first_weights(tmp_path, monkeypatch):
-    starts = {}
+    starts, totals = {}, {}
 
     def run(task, parts, variables, score, **kwargs):
         (phase,) = parts
-        starts[phase.name] = variables
+        starts[phase.name], totals[phase.name] = variables, phase.total
         moved = jax.tree.map(lambda leaf: leaf + 1, variables)
         history = (phases.Point(phase.name, 1, 0.0, 50.0),)
         return phases.Outcome(moved, qj.QuantState({}, {}), moved, history)
 
     def plan(bits, total):
-        return methods.Plan(engine.Method(optax.sgd(0.1)), qj.uniform(bits))
+        return plans.Plan(engine.Method(optax.sgd(0.1)), qj.uniform(bits))
 
-    monkeypatch.setattr(compare.phases, "run", run)
-    monkeypatch.setattr(
-        compare.evaluation, "make_evaluate", lambda task: lambda *_: tasks.Score(0, 0)
-    )
-    for name, pretrained in (("scratch", False), ("later", True)):
-        monkeypatch.setitem(methods.METHODS, name, methods.Entry(name, plan, pretrained))
-    settings = Settings(methods=("later", "scratch"), bits=(4,), out=tmp_path)
+    def make_predict(task, inputs=None):
+        return lambda variables, split: tasks.Predictions(*np.zeros((2, len(split[0]))))
+
+    monkeypatch.setattr(phases, "run", run)
+    monkeypatch.setattr(evaluation, "make_predict", make_predict)
+    for start in ("scratch", "trained"):
+        monkeypatch.setitem(methods.METHODS, start, methods.Entry(start, plan, start))
+    settings = Settings(methods=("trained", "scratch"), bits=(4,), seeds=(3,), out=tmp_path)
     assert len(list(compare.rows(compare.resolve(settings), data.load("digits")))) == 3
     first = starts["full precision"]["params"]
     jax.tree.map(np.testing.assert_array_equal, starts["scratch, 4 bits"]["params"], first)
     trained = jax.tree.map(lambda leaf: leaf + 1, first)
-    jax.tree.map(np.testing.assert_array_equal, starts["later, 4 bits"]["params"], trained)
+    jax.tree.map(np.testing.assert_array_equal, starts["trained, 4 bits"]["params"], trained)
+    assert totals["scratch, 4 bits"] == 2 * totals["trained, 4 bits"]
+    assert totals["trained, 4 bits"] == totals["full precision"] == 20 * (1400 // 32)

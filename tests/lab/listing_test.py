@@ -23,7 +23,7 @@ def test_every_name_has_a_line():
     found = told(shown())
     for name in [*methods.METHODS, *models.MODELS, *recipes.known_recipes(), "digits"]:
         assert found[name], name
-    assert found["lsq"] == "LSQ; 2 to 8 bits"
+    assert found["lsq"] == "LSQ; 2 to 8 bits; by default"
     assert found["binary"] == "binary; 1 bit; not by default"
     assert found["pruned"] == "pruned; float weights"
     assert found["resnet32"].endswith("Depth 32.")

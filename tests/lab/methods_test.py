@@ -6,7 +6,7 @@ import pytest
 
 from quantjax.core import qarray
 from quantjax.encoded import storage
-from quantjax.lab import methods
+from quantjax.lab import methods, plans
 from quantjax.lab.deploy import deploy
 from quantjax.lab.train import engine
 from tests.lab.train import toy_task
@@ -40,7 +40,7 @@ def test_every_method_trains_and_ships_at_every_width(name, task, tmp_path):
     usual = WIDTHS if 2 in entry.widths else (4, 3)
     assert widths == {"pruned": (32,), "ternary": (2,), "binary": (1,)}.get(name, usual)
     for bits in widths if entry.shared else widths[-1:]:
-        plan = entry.plan(bits, TOTAL)
+        plan = methods.plan_of(name, bits, TOTAL)
         variables, state = toy_task.start(task), None
         if plan.method is not None:
             # The first width's program serves the others.
@@ -81,9 +81,10 @@ def test_every_method_trains_and_ships_at_every_width(name, task, tmp_path):
 @pytest.mark.parametrize("bits", [0, 9, 2.5])
 def test_widths_of_alq(bits):
     with pytest.raises(ValueError, match=rf"whole number in 1\.\.8, got {bits}"):
-        methods.METHODS["alq"].plan(bits, TOTAL)
+        methods.plan_of("alq", bits, TOTAL)
     assert "alq" in methods.DEFAULT
     assert "alq-0.5" not in methods.DEFAULT
+    assert 1 + len(methods.DEFAULT) <= 8  # with full precision
 
 
 @pytest.mark.parametrize("name", [name for name, entry in methods.METHODS.items() if entry.shared])
@@ -91,7 +92,7 @@ def test_widths_of_alq(bits):
 def test_widths_out_of_range(name, bits):
     entry = methods.METHODS[name]
     with pytest.raises(ValueError, match=rf"bits must be a whole number in .*, got {bits}"):
-        entry.plan(bits, TOTAL)
+        methods.plan_of(name, bits, TOTAL)
     with pytest.raises(ValueError, match=rf"bits must be a whole number in 1\.\.16, got {bits}"):
         entry.chosen((4, bits))
     for allowed in entry.widths if len(entry.widths) > 1 else ():
@@ -115,15 +116,15 @@ def test_widths_change_what_is_trained():
         chain = methods.METHODS["psg"].plan(bits, TOTAL).method.optimizer
         found[bits] = chain.init({"kernel": np.ones((2, 2), np.float32)}).hyperparams
     for bits, numbers in found.items():
-        assert float(numbers["strength"]) == methods.strength(bits)
+        assert float(numbers["strength"]) == plans.strength_of(bits)
         assert (float(numbers["weight_decay"]) > 0) is (bits > 2)  # none at 2 bits (appendix C)
     assert len({float(numbers["strength"]) for numbers in found.values()}) == 3
 
 
 def test_strengths_of_other_widths_are_the_nearest_known_ones():
-    known = methods.STRENGTHS
-    assert [methods.strength(bits) for bits in (2, 3, 4)] == [known[2], known[3], known[4]]
-    assert methods.strength(8) == known[4]
+    known = plans.STRENGTHS
+    assert [plans.strength_of(bits) for bits in (2, 3, 4)] == [known[2], known[3], known[4]]
+    assert plans.strength_of(8) == known[4]
 
 
 def test_find():
@@ -133,8 +134,14 @@ def test_find():
 
 
 def test_which_rows_start_from_the_first_weights():
-    first = {name for name, entry in methods.METHODS.items() if not entry.pretrained}
-    assert first == {"sgd", "sgd-least-error", "psg", "psg-directional", "psg-adam"}
+    starts = {}
+    for name, entry in methods.METHODS.items():
+        starts.setdefault(entry.start, set()).add(name)
+    assert starts["none"] == {"sgd", "sgd-least-error"}
+    assert starts["scratch"] == {"psg-scratch", "psg-directional", "psg-adam"}
+    # All trained rows have the same steps, those of the network that they start from included.
+    assert {methods.METHODS[name].steps(7) for name in starts["trained"]} == {7}
+    assert {methods.METHODS[name].steps(7) for name in starts["scratch"]} == {14}
 
 
 def test_learned_widths_freeze_at_half():
@@ -145,7 +152,7 @@ def test_learned_widths_freeze_at_half():
 
 def test_mask_logits_alone_learn_faster():
     updates = ({"kernel": 1.0}, {"kernel": {"mask_logits": 1.0, "log_alpha": 1.0}})
-    for factor, transformation in ((10, methods.faster_masks()), (3, methods.faster_masks(3))):
+    for factor, transformation in ((10, plans.faster_masks()), (3, plans.faster_masks(3))):
         found, _ = transformation.update(updates, transformation.init(updates))
         assert found == ({"kernel": 1.0}, {"kernel": {"mask_logits": factor, "log_alpha": 1.0}})
 
@@ -162,23 +169,24 @@ def test_settings_of_the_pruned_rows():
     def quantizer(name, bits=5):
         return repr(methods.METHODS[name].plan(bits, 160).method.quantizer)
 
-    assert quantizer("pruned", 32) == "surgery(0.2, end=120)"
+    assert quantizer("pruned", 32) == "magnitude(0.2, end=120, every=3, across=True)"
     # Pruned in the first third; fitted anew after 1, 3, 7 and 15 sixteenths.
-    expected = "chain(magnitude(0.2, end=53, every=3), focused(5, refit_every=10))"
+    pruned = "magnitude(0.2, end=53, every=3, across=True)"
+    expected = f"chain({pruned}, focused(5, refit_every=10))"
     assert quantizer("focused") == expected
     plan = methods.METHODS["psg-sparse"].plan(5, 160)
     assert repr(plan.deploy) == "chain(magnitude(0.2, across=True), focused(5))"
     assert first_step(plan.method.optimizer, 0.0) == 0  # no weight decay
-    rate, strength = 0.0005, methods.SPARSE_STRENGTH
+    rate, strength = 0.0005, plans.SPARSE_STRENGTH
     found = first_step(plan.method.optimizer, 1.0)
     assert found == pytest.approx(-rate * strength * 0.5)  # its distance from zero
 
 
 def test_settings_of_the_rows_of_learned_grids(monkeypatch):
     for name, told in (
-        ("srq", "dropbits=False, estimator='expectation'"),
-        ("srq+dropbits", "dropbits=True, estimator='expectation'"),
-        ("dropbits-learned", "freeze_after=80, penalty=0.01, estimator='expectation'"),
+        ("srq", "srq(3)"),
+        ("srq+dropbits", "srq(3, dropbits=True)"),
+        ("dropbits-learned", "srq(3, learn_bits=True, freeze_after=80, penalty=0.01)"),
     ):
         plan = methods.METHODS[name].plan(3, 160)
         assert told in repr(plan.method.quantizer), name
@@ -197,8 +205,9 @@ def test_a_large_eps_keeps_the_distance_in_adam():
 
 def test_parq_is_on_the_grid_for_the_last_quarter(monkeypatch):
     seen = []
-    annealed = methods.annealed
-    monkeypatch.setattr(methods, "annealed", lambda steps: seen.append(steps) or annealed(steps))
+    lib = plans.proximal_lib
+    annealed = lib.annealed
+    monkeypatch.setattr(lib, "annealed", lambda steps: seen.append(steps) or annealed(steps))
     methods.METHODS["parq"].plan(2, 160)
     assert seen == [120]
 
@@ -215,13 +224,13 @@ def test_parq_is_on_the_grid_for_the_last_quarter(monkeypatch):
 )
 def test_alq_begins_a_bit_higher_and_prunes_to_the_average(name, bits, start, average, monkeypatch):
     schedules = []
-    alq = methods.alq
+    alq = plans.alq
 
     def kept(quantizer, schedule):
         schedules.append(schedule)
         return alq(quantizer, schedule)
 
-    monkeypatch.setattr(methods, "alq", kept)
+    monkeypatch.setattr(plans, "alq", kept)
     plan = methods.METHODS[name].plan(bits, 160)
     assert f"multi_bit({start}, " in repr(plan.deploy)
     (schedule,) = schedules
@@ -234,5 +243,5 @@ def test_alq_begins_a_bit_higher_and_prunes_to_the_average(name, bits, start, av
 
 
 def test_full_precision_is_sgd_with_decay_along_a_cosine():
-    optimizer = methods.full_precision(160).optimizer
+    optimizer = plans.full_precision(160).optimizer
     assert first_step(optimizer, 1.0) == pytest.approx(-0.05 * (1 + 1e-4 * 0.5))

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +11,14 @@ import jax
 
 from quantjax.encoded import storage
 from quantjax.lab.report import page, plots
-from quantjax.lab.report.rows import NUMBERS, Result, plain
+from quantjax.lab.report.rows import (
+    MEANS,
+    Result,
+    best_per_width,
+    numbers,
+    plain,
+    runs,
+)
 from quantjax.lab.train.tasks import ACCURACY
 
 
@@ -25,11 +33,13 @@ def write(
 
     Args:
       folder: made when absent.
-      settings: what was run. dataset, model, epochs, seed, device and versions (text or a
+      settings: what was run. dataset, model, epochs, seeds, device and versions (text or a
         mapping) make the first paragraph, command the last one, any others a list; all of it
         goes into the JSON.
-      results: the finished rows in the order of the table; 32 bits and more are full precision.
-        JSON and CSV name their metric unless it is accuracy in percent.
+      results: the finished rows in the order of the table, of one seed each or `rows.joined`; 32
+        bits and more are full precision. JSON and CSV hold means, spreads over seeds (sample
+        standard deviations) and which rows are bold, JSON the seeds' own numbers and curves too;
+        both name their metric unless it is accuracy in percent.
       complete: False adds a note that only finished rows are shown.
 
     Raises:
@@ -58,26 +68,37 @@ def write(
 
 
 def write_network(folder: Path, result: Result) -> Path:
-    """Writes the file of a row's network, `networks/METHOD-BITS.safetensors`; returns its path."""
-    path = Path(folder) / "networks" / f"{result.method}-{result.bits:.3g}bits.safetensors"
+    """Writes a row's network, `networks/METHOD-BITS.safetensors`, of its first seed; returns where.
+
+    What is no letter, digit or one of `._+-` in the method's name becomes `-`.
+    """
+    name = re.sub(r"[^\w.+-]+", "-", result.method)
+    path = Path(folder) / "networks" / f"{name}-{result.bits:.3g}bits.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     storage.replace(path, result.file)
     return path
 
 
+def read_settings(folder: Path) -> dict | None:
+    """Returns the settings of the report in a folder; None where there is none that can be read."""
+    try:
+        return dict(json.loads((Path(folder) / "results.json").read_text())["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _on_host(result):
-    numbers = {name: float(getattr(result, name)) for name in NUMBERS[2:]}
-    numbers["nbytes"] = int(result.nbytes)
+    values = {name: float(getattr(result, name)) for name in (*MEANS, "seconds")}
     curve = tuple((int(step), float(loss), float(right)) for step, loss, right in result.curve)
     # Encoded leaves of NumPy arrays decode without a compilation for every shape.
     params, encoded = jax.device_get((result.params, result.encoded))
-    return result._replace(**numbers, curve=curve, params=params, encoded=encoded)
+    return result._replace(**values, curve=curve, params=params, encoded=encoded)
 
 
 def _json(settings, results, complete):
-    rows = []
-    for result in results:
-        row = {name: getattr(result, name) for name in (*NUMBERS, "curve")}
+    rows, best = [], best_per_width(results)
+    for i, result in enumerate(results):
+        row = numbers(result) | {"best": i in best, "runs": [_run(run) for run in runs(result)]}
         rows.append(json.dumps(plain(row), allow_nan=False))
     # One line for each row, which keeps curves readable.
     head = {"settings": plain(settings), "complete": complete, **_metric(results)}
@@ -85,14 +106,22 @@ def _json(settings, results, complete):
     return head[:-1] + ', "results": [\n' + ",\n".join(rows) + "\n]}\n"
 
 
+def _run(result):
+    """What JSON holds of one seed."""
+    values = {name: getattr(result, name) for name in ("seed", *MEANS, "seconds")}
+    return values | {"nbytes": int(result.nbytes), "curve": result.curve}
+
+
 def _csv(results):
     out = io.StringIO(newline="")
     writer = csv.writer(out, lineterminator="\n")
-    metric = _metric(results)
-    writer.writerow([*NUMBERS, *metric])
-    for result in results:
-        values = [*plain(result[: len(NUMBERS)]), *metric.values()]
-        writer.writerow("" if value is None else value for value in values)
+    metric, best = _metric(results), best_per_width(results)
+    for i, result in enumerate(results):
+        row = plain(numbers(result))
+        row |= {"seeds": " ".join(map(str, row["seeds"])), "best": i in best, **metric}
+        if i == 0:
+            writer.writerow(row)
+        writer.writerow("" if value is None else value for value in row.values())
     return out.getvalue()
 
 

@@ -14,11 +14,12 @@ from quantjax.lab.report.rows import (
     best_per_width,
     cells_of,
     columns,
+    notes,
     plain,
     significant,
 )
 
-_LEAD = ("dataset", "model", "epochs", "seed", "device", "versions", "command")
+_LEAD = ("dataset", "model", "epochs", "seeds", "device", "versions", "command")
 _MARKS = dict(zip("osD^vP<X>*", "●■◆▲▼✚◀✖▶★", strict=True))
 
 
@@ -35,6 +36,9 @@ def html(
     heading = f"{subject} at few bits" if subject else "Low-bit methods side by side"
     metric = results[0].metric
     lower = "" if metric.sign > 0 else "Lower is better. "
+    several = any(row.runs for row in results)
+    bars = " Bars are a standard deviation over seeds to either side." if several else ""
+    first = ", of the first seed" if several else ""
     note = '<p class="note" role="status">interrupted: finished rows only</p>'
     parts = [
         f"<h1>{escape(heading)}</h1>",
@@ -48,7 +52,7 @@ def html(
             f"Quantized test {metric.name} against the size of the encoded network. "
             f"{'Up' if metric.sign > 0 else 'Down'} and to the left is better. Numbers are bits "
             f"per weight; the grey steps are the Pareto front, the best {metric.name} that fits "
-            f"into a size.{axes.scale(metric).told}",
+            f"into a size.{bars}{axes.scale(metric).told}",
         ),
         _figure(
             images,
@@ -56,19 +60,19 @@ def html(
             "Weights and their levels",
             "The float weights of the largest quantized layer, on a logarithmic axis; vertical "
             "lines are the levels that the grid offers. The nearer the weights lie to the lines, "
-            "the less they lose when they are quantized. More than 64 levels are not drawn. "
-            "Where every group of a layer has levels of its own, weights are in units of their "
-            "step, or one group is shown.",
+            f"the less they lose when they are quantized{first}. More than 64 levels are not "
+            "drawn. Where every group of a layer has levels of its own, weights are in units of "
+            "their step, or one group is shown.",
         ),
         _figure(
             images,
             "curves",
             "Training",
-            f"Training loss and test {metric.name} of the float weights, step by step; grey: full "
-            f"precision. {lower}Rows without a training of their own are absent.",
+            f"Training loss and test {metric.name} of the float weights, step by step{first}; "
+            f"grey: full precision. {lower}Rows without a training of their own are absent.",
         ),
         _layers_html(results),
-        _meanings_html(metric),
+        _meanings_html(results),
         _settings_html(settings),
     ]
     title = f"quantjax compare: {subject}" if subject else "quantjax compare"
@@ -79,7 +83,10 @@ def _paragraph(settings, results):
     facts = []
     if "epochs" in settings:
         facts.append(f"{settings['epochs']} epoch{'s'[settings['epochs'] == 1 :]}")
-    facts += [f"seed {settings['seed']}"] if "seed" in settings else []
+    if "seeds" in settings:
+        seeds = plain(settings["seeds"])
+        seeds = seeds if isinstance(seeds, list) else [seeds]
+        facts.append(f"seed{'s'[len(seeds) == 1 :]} {', '.join(map(str, seeds))}")
     facts += [f"on {settings['device']}"] if "device" in settings else []
     versions = settings.get("versions", "")
     if isinstance(versions, Mapping):
@@ -96,21 +103,22 @@ def _paragraph(settings, results):
 
 def _table_html(results):
     best, looks = best_per_width(results), plots.colors(results)
+    heads = [column.heading for column in columns(results)]
+    quantized = next(i for i, heading in enumerate(heads) if heading.startswith(QUANTIZED))
     lines = []
     for row, (result, cells) in enumerate(zip(results, cells_of(results), strict=True)):
         color, marker = looks[result.method]
         mark = f'<span class="mark" style="color:{color}">{_MARKS[marker]}</span> '
         cells = [escape(cell) for cell in cells]
         if row in best:
-            cells[QUANTIZED] = f"<strong>{cells[QUANTIZED]}</strong>"
+            cells[quantized] = f"<strong>{cells[quantized]}</strong>"
         first, *rest = cells
         line = f'<th scope="row">{mark}{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest)
         starts = row > 0 and result.method != results[row - 1].method
         lines.append(f"<tr{' class=starts' if starts else ''}>{line}</tr>")
-    metric = results[0].metric
-    head = "".join(f'<th scope="col">{escape(column.heading)}</th>' for column in columns(metric))
-    hint = f"Bold: the best quantized {metric.name} among rows of the same width, in whole bits."
-    return _grid(head, lines) + (f'<p class="hint">{hint}</p>' if best else "")
+    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in heads)
+    below = "".join(f'<p class="hint">{escape(note)}</p>' for note in notes(results))
+    return _grid(head, lines) + below
 
 
 def _layers_html(results):
@@ -161,10 +169,10 @@ def _figure(images, key, heading, caption):
     )
 
 
-def _meanings_html(metric):
+def _meanings_html(results):
     items = "".join(
         f"<dt>{escape(column.heading)}</dt><dd>{escape(column.meaning)}</dd>"
-        for column in columns(metric)
+        for column in columns(results)
     )
     return f"<section><h2>How to read the columns</h2><dl>{items}</dl></section>"
 

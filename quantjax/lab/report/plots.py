@@ -66,7 +66,8 @@ def pareto(results: Sequence):
     x = np.array([result.nbytes / 1000 for result in results])
     y = np.array([result.quantized for result in results])
     ax.set_xscale("log")
-    axes_lib.scale(metric).draw(ax, y)
+    reach = np.nan_to_num([rows_lib.spread(result, "quantized") for result in results])
+    axes_lib.scale(metric).draw(ax, np.concatenate([y - reach, y + reach]))
     ax.set_xlim(x.min() / 1.6, x.max() * 1.45)
     axes_lib.sizes(ax)
 
@@ -81,6 +82,9 @@ def pareto(results: Sequence):
         if not mine:
             continue
         size = 150 if marker == "*" else 46
+        if reach.any():
+            look = {"elinewidth": 1, "capsize": 2, "alpha": 0.7, "zorder": 2}
+            ax.errorbar(x[mine], y[mine], reach[mine], fmt="none", ecolor=color, **look)
         ax.plot(x[mine], y[mine], color=color, lw=0.9, alpha=0.55, zorder=2)
         lines.append((x[mine], y[mine]))
         ax.scatter(

@@ -1,13 +1,17 @@
-"""The table of recorded results: `quantjax results`, and the README's section that it writes."""
+"""The records as tables: `quantjax results`, and the sections of files that it writes."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 
 from quantjax.lab import recipe_version, recipes
+from quantjax.lab.report import headline
 
-BEGIN, END = "<!-- results: written by `quantjax results --write README.md` -->", "<!-- end -->"
+BEGIN = "<!-- results: written by `quantjax results --write experiments/RESULTS.md` -->"
+END = "<!-- end -->"
+MARK = re.compile(r"<!-- (results|comparison): .*-->\n")  # that begins a section
 KEYS = ("experiment", "title", "command", "scale", "device", "versions", "complete", "rows")
 COLUMNS = (
     *("average bits", "full precision", "low precision", "re-estimated", "accuracy", "sparse"),
@@ -16,17 +20,43 @@ COLUMNS = (
 
 
 def show(write: Path | None = None, folder: Path = recipes.FOLDER / "results"):
-    """Prints the records of a folder as Markdown, or writes them into a file's results section.
+    """Prints the records of a folder as Markdown, or writes them into the sections of a file.
 
     Raises:
-      FileNotFoundError: no records; ValueError: the file has no results section.
+      As `updated`.
     """
-    text = markdown(load(folder))
     if write is None:
-        print(text)
+        print(markdown(load(folder)))
     else:
-        write.write_text(replaced(write.read_text(), text))
+        write.write_text(updated(write.read_text(), folder))
         print(f"wrote {write}")
+
+
+def updated(page: str, folder: Path) -> str:
+    """Returns a page whose sections of results and of the comparison are those of the records.
+
+    Raises:
+      FileNotFoundError: no records for a section; ValueError: the page has neither section, one
+      without its end, or a file is no record.
+    """
+    marks = list(MARK.finditer(page))
+    if not marks:
+        raise ValueError(
+            f"the file has no results section, {BEGIN} ... {END}, and no comparison section, "
+            f"{headline.BEGIN} ... {END}"
+        )
+    texts = {
+        "results": lambda: markdown(load(folder)),
+        "comparison": lambda: headline.markdown(headline.load(folder)),
+    }
+    out = page[: marks[0].start()]
+    ends = [*(mark.start() for mark in marks[1:]), len(page)]
+    for mark, end in zip(marks, ends, strict=True):
+        _, found, after = page[mark.end() : end].partition(END)
+        if not found:
+            raise ValueError(f"a section has no end: {mark[0].strip()} ... {END}")
+        out += f"{mark[0]}{texts[mark[1]]()}\n{END}{after}"
+    return out
 
 
 def load(folder: Path) -> list[dict]:
@@ -50,18 +80,6 @@ def _read(path: Path) -> dict:
     if lacking:
         raise ValueError(f"{path} is no record: it lacks {', '.join(lacking)}")
     return record
-
-
-def replaced(page: str, text: str) -> str:
-    """Returns the page with the text between its two results marks.
-
-    Raises:
-      ValueError: a mark is missing.
-    """
-    if BEGIN not in page or END not in page:
-        raise ValueError(f"the file has no results section: {BEGIN} ... {END}")
-    before, rest = page.split(BEGIN, 1)
-    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}"
 
 
 def markdown(records: list[dict]) -> str:

@@ -1,43 +1,42 @@
-"""Scores of networks over a split."""
+"""Predictions and scores of networks over a split."""
 
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from quantjax.lab.train import meshes, states
 from quantjax.lab.train import session as session_lib
-from quantjax.lab.train.tasks import Score, Task
+from quantjax.lab.train.tasks import Predictions, Score, Task
 
 
-def make_evaluate(task: Task, input_quantizer=None, batch_size: int = 500) -> Callable:
-    """Returns evaluate(variables, split) -> Score, compiled once for all trees of one shape.
+def make_predict(task: Task, input_quantizer=None, batch_size: int = 500) -> Callable:
+    """Returns predict(variables, split) -> Predictions, compiled once for all trees of one shape.
 
     Off the CPU all batches of a split are one call.
     """
     session = session_lib.current()
     apply = states.model_apply(task.model, input_quantizer)
 
-    def sums(variables, x, y, real):
-        """Returns the sums of losses, of hits and of predictions over a batch."""
+    def means(variables, x, y):
+        """Returns the mean loss and share of hits of every example of a batch."""
         losses, hits = task.measure(apply(variables, task.inputs(x), train=False), y)
-        real = real.reshape(real.shape + (1,) * (losses.ndim - 1))
-        predictions = jnp.sum(real) * (losses.size // len(losses))
-        return jnp.sum(losses * real), jnp.sum(hits * real), predictions
+        return tuple(part.reshape(len(part), -1).mean(axis=1) for part in (losses, hits))
 
-    if session.mesh is not None and AxisType.Explicit in session.mesh.axis_types:
-        everywhere = NamedSharding(session.mesh, PartitionSpec())
-        sums = jax.sharding.auto_axes(sums, out_sharding=(everywhere,) * 3)
+    whole_on = None
+    if session.mesh is not None:
+        whole_on = NamedSharding(session.mesh, PartitionSpec())
+        if AxisType.Explicit in session.mesh.axis_types:
+            means = jax.sharding.auto_axes(means, out_sharding=(whole_on,) * 2)
 
     @jax.jit
-    def whole(variables, x, y, real):
-        return jax.lax.map(lambda batch: sums(variables, *batch), (x, y, real))
+    def whole(variables, x, y):
+        return jax.lax.map(lambda batch: means(variables, *batch), (x, y))
 
-    each = jax.jit(sums)
+    each = jax.jit(means, out_shardings=whole_on)
 
-    def evaluate(variables, split) -> Score:
+    def predict(variables, split) -> Predictions:
         count = len(split[0])
         if session.mesh is not None:
             variables = meshes.replicated(variables, session.mesh)
@@ -45,19 +44,27 @@ def make_evaluate(task: Task, input_quantizer=None, batch_size: int = 500) -> Ca
         size = -(-min(batch_size, count) // parts) * parts
         # The last batch is filled up with examples that do not count.
         index = np.arange(-(-count // size) * size).reshape(-1, size)
-        real = (index < count).astype(np.float32)
         index = np.minimum(index, count - 1)
         if session.mesh is None and jax.default_backend() != "cpu":
-            found = whole(variables, *(part[index] for part in split), real)
+            found = whole(variables, *(part[index] for part in split))
         else:
-            batches = zip(index, real, strict=True)
             found = [
-                each(variables, *_placed((*(part[rows] for part in split), mine), session.mesh))
-                for rows, mine in batches
+                each(variables, *_placed([part[rows] for part in split], session.mesh))
+                for rows in index
             ]
             found = zip(*found, strict=True)
-        loss, hits, total = (np.sum(np.asarray(jax.device_get(p), np.float64)) for p in found)
-        return Score(float(loss / total), float(100 * hits / total))
+        found = (np.ravel(np.asarray(jax.device_get(part), np.float64)) for part in found)
+        return Predictions(*(part[:count] for part in found))
+
+    return predict
+
+
+def make_evaluate(task: Task, input_quantizer=None, batch_size: int = 500) -> Callable:
+    """Returns evaluate(variables, split) -> Score, compiled once for all trees of one shape."""
+    predict = make_predict(task, input_quantizer, batch_size)
+
+    def evaluate(variables, split) -> Score:
+        return predict(variables, split).score
 
     return evaluate
 
@@ -65,4 +72,4 @@ def make_evaluate(task: Task, input_quantizer=None, batch_size: int = 500) -> Ca
 def _placed(batch, mesh):
     if mesh is None:
         return batch
-    return meshes.place(batch, NamedSharding(mesh, PartitionSpec(meshes.DATA)))
+    return meshes.place(tuple(batch), NamedSharding(mesh, PartitionSpec(meshes.DATA)))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 
@@ -20,6 +21,18 @@ class Score(NamedTuple):
     accuracy: float  # percent of hits
 
 
+class Predictions(NamedTuple):
+    """What a network makes of every example: means over its predictions."""
+
+    losses: np.ndarray  # [n], float64
+    hits: np.ndarray  # [n], float64, 0 .. 1
+
+    @property
+    def score(self) -> Score:
+        """The means over all examples."""
+        return Score(float(self.losses.mean()), float(100 * self.hits.mean()))
+
+
 class Metric(NamedTuple):
     """What a task is judged by, and how that is told."""
 
@@ -31,6 +44,10 @@ class Metric(NamedTuple):
     digits: int = 2
     symbol: str = ""  # of the unit, where the name does not say it
     meaning: str = ""  # a sentence, where the name does not say it
+
+    def of_each(self, found: Predictions) -> np.ndarray:
+        """Returns the metric of every example [n]; its mean is that of all."""
+        return self.of(Score(found.losses, 100 * found.hits))
 
     @property
     def sign(self) -> int:

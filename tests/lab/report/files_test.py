@@ -16,7 +16,6 @@ from rich.console import Console
 import quantjax as qj
 from quantjax.lab.report import files, plots
 from quantjax.lab.report import rows as rows_lib
-from quantjax.lab.train.tasks import ACCURACY
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -25,7 +24,7 @@ SETTINGS = {
     "dataset": "digits",
     "model": "mlp",
     "epochs": 3,
-    "seed": 0,
+    "seeds": [0],
     "device": "cpu",
     "versions": {"jax": "0.10.2"},
     "command": "quantjax compare --dataset digits --methods psg",
@@ -178,7 +177,7 @@ def test_the_page_says_what_was_run(tmp_path):
     for part in ("mlp on digits", "3 epochs", "seed 0", "on cpu", "jax 0.10.2", "batch_size"):
         assert part in text
     assert SETTINGS["command"] in text
-    for column in rows_lib.columns(ACCURACY):
+    for column in rows_lib.columns(everything()):
         assert column.meaning in text
     assert "Dense_1/kernel" in text
 
@@ -196,11 +195,18 @@ def test_numbers_are_the_input(tmp_path):
     assert stored["complete"] is True
     assert len(stored["results"]) == len(rows) == len(results)
     for result, there, row in zip(results, stored["results"], rows, strict=True):
-        fields = result._asdict()
-        del fields["params"], fields["encoded"], fields["file"], fields["metric"]
-        assert tuple(map(tuple, there.pop("curve"))) == fields.pop("curve")
-        assert there == fields
-        assert row == {name: str(value) for name, value in fields.items()}
+        (run,) = there.pop("runs")
+        assert tuple(map(tuple, run["curve"])) == result.curve
+        assert there["seeds"] == [run["seed"]] == [0]
+        spreads = ("full_precision_spread", "quantized_spread")
+        told = {k: v for k, v in there.items() if k not in ("seeds", "best", "inputs", *spreads)}
+        for name, value in told.items():
+            assert value == getattr(result, name)
+            assert row[name] == str(value)
+            assert run.get(name, value) == value
+        for name in (*spreads, "inputs"):
+            assert (there[name], row[name]) == (None, "")
+        assert (row["seeds"], row["best"]) == ("0", str(there["best"]))
 
 
 def test_table_cells(tmp_path):
@@ -211,17 +217,17 @@ def test_table_cells(tmp_path):
     console.print(rows_lib.table(everything()))
     printed = console.file.getvalue()
     assert "98.10" in printed
-    assert "12.5" in printed
+    assert "12.5" not in printed  # 80 columns have no room for the weight error
 
 
 def test_array_scalars_are_numbers(tmp_path):
     result = make(quantized=jnp.float32(97.5), nbytes=np.int64(1000), bits=np.float32(2.5))
     result = result._replace(encoded=encode(tree(), 2), curve=((np.int32(1), jnp.ones(()), 9.0),))
-    files.write(tmp_path, {"seed": np.int64(3), "path": tmp_path.name}, [result])
+    files.write(tmp_path, {"seeds": (np.int64(3),), "path": tmp_path.name}, [result])
     stored = json.loads(read(tmp_path / "results.json"))
-    assert stored["settings"]["seed"] == 3
+    assert stored["settings"]["seeds"] == [3]
     assert stored["results"][0]["quantized"] == 97.5
-    assert stored["results"][0]["curve"] == [[1, 1.0, 9.0]]
+    assert stored["results"][0]["runs"][0]["curve"] == [[1, 1.0, 9.0]]
     assert "2.50" in read(tmp_path / "report.html")
 
 

@@ -1,9 +1,11 @@
 import json
+import re
 
 import pytest
 
 from quantjax.lab import recipe_version, recipes
-from quantjax.lab.report import records
+from quantjax.lab.report import headline, records
+from tests.lab.report import headline_test
 
 
 def record(**changes):
@@ -85,7 +87,7 @@ def test_show_replaces_the_section_and_nothing_else(tmp_path):
     with pytest.raises(FileNotFoundError, match="quantjax run"):
         records.show(None, folder)
     (folder / "toy.json").write_text(json.dumps(record()))
-    page = tmp_path / "README.md"
+    page = tmp_path / "RESULTS.md"
     page.write_text(f"before\n{records.BEGIN}\nold\n{records.END}\nafter\n")
     for _ in range(2):
         records.show(page, folder)
@@ -94,9 +96,37 @@ def test_show_replaces_the_section_and_nothing_else(tmp_path):
         assert text.endswith("\nafter\n")
         assert "old" not in text
         assert text.count("A toy") == 1
+
+
+def test_show_replaces_the_sections_that_a_file_has(tmp_path):
+    (tmp_path / "compare").mkdir()
+    (tmp_path / "toy.json").write_text(json.dumps(record()))
+    (tmp_path / "compare" / "results.json").write_text(json.dumps(headline_test.record()))
+    page = tmp_path / "page.md"
+    comparison = f"{headline.BEGIN}\n{headline.markdown(headline_test.record())}\n{records.END}\n"
+    results = f"<!-- results: -->\n{records.markdown([record()])}\n{records.END}\n"
+    for expected in (f"before\n{comparison}after\n", f"{results}between\n{comparison}after\n"):
+        page.write_text(re.sub(r"(<!-- \w+: .*-->\n).*?(?=<!-- end)", r"\1", expected, flags=re.S))
+        assert page.read_text() != expected
+        for _ in range(2):
+            records.show(page, tmp_path)
+            assert page.read_text() == expected
+
+
+def test_a_file_without_a_whole_section_is_refused(tmp_path):
+    (tmp_path / "toy.json").write_text(json.dumps(record()))
+    page = tmp_path / "page.md"
     page.write_text("no section")
-    with pytest.raises(ValueError, match="no results section"):
-        records.show(page, folder)
+    with pytest.raises(ValueError, match=r"no results section.* and no comparison section"):
+        records.show(page, tmp_path)
+    for text in (records.BEGIN, f"{records.BEGIN}\n{headline.BEGIN}\n{records.END}"):
+        page.write_text(f"{text}\n")
+        with pytest.raises(ValueError, match="a section has no end: <!-- results"):
+            records.show(page, tmp_path)
+        assert page.read_text() == f"{text}\n"
+    page.write_text(f"{headline.BEGIN}\n{records.END}\n")
+    with pytest.raises(FileNotFoundError, match="no comparison in"):
+        records.show(page, tmp_path)
 
 
 def test_a_record_of_another_version_of_its_recipe_says_so():

@@ -1,0 +1,92 @@
+"""The settings of the rows of `quantjax compare`, by 300 held-out training images of the digits.
+
+Every row is trained as the comparison trains it, at its usual width and for as many steps, without
+those images, and scored on them; the setting of best mean over the seeds is chosen, the first of
+equals. Grids of four or six candidates were set beforehand. The last rows name the choice; the
+plans' defaults in quantjax/lab/plans.py are what they say.
+"""
+
+import itertools
+
+import numpy as np
+
+from quantjax.lab import compare, data, methods, models
+from quantjax.lab.train import tasks
+from quantjax.lab.trained_rows import Rows
+
+TITLE = "Settings of the comparison's rows: digits, held-out training images"
+HELD_OUT, SEED = 300, 0
+SGD = {"rate": (0.003, 0.01, 0.03, 0.1)}
+ADAM = {"rate": (3e-4, 1e-3, 3e-3, 1e-2)}
+CANDIDATES = {
+    "uniform": SGD,
+    "ternary": SGD,
+    "binary": SGD,
+    "lq-net": SGD,
+    "lsq": ADAM,
+    "lsq-balanced": ADAM,
+    "rq": ADAM,
+    "srq": ADAM,
+    "srq+dropbits": ADAM,
+    "dropbits-learned": {"rate": (1e-3, 3e-3), "penalty": (1e-3, 1e-2)},
+    "parq": ADAM,
+    "psg": {"rate": (0.01, 0.03), "strength": (10.0, 30.0, 100.0)},
+    "psg-multi-bit": {"rate": (0.01, 0.03), "strength": (30.0, 100.0, 300.0)},
+    "psg-scratch": {"rate": (0.005, 0.01), "strength": (10.0, 30.0, 60.0)},
+    "psg-directional": {"rate": (0.01, 0.03), "strength": (2.0, 4.0, 8.0)},
+    "psg-adam": {"rate": (0.003, 0.01), "eps": (1e-5, 1e-4, 1e-3)},
+    "pruned": SGD,
+    "focused": SGD,
+    "psg-sparse": {"rate": (0.01, 0.03), "strength": (30.0, 60.0, 120.0)},
+    "alq": {"basis_rate": (3e-4, 1e-3, 3e-3), "coordinate_rate": (3e-4, 1e-3)},
+}
+
+
+def run(context):
+    """Yields a row per method, candidate and seed, then what is chosen for each method."""
+    dataset = context.load("digits")
+    count = min(HELD_OUT, len(dataset.train.labels) // 4)
+    rest, held_out = data.holdout(dataset.train, count, SEED)
+    task = tasks.of(
+        models.build("small-cnn", dataset.classes), dataset._replace(train=rest, test=held_out)
+    )
+    whole = len(dataset.train.labels) // compare.DIGITS["batch_size"]
+    epochs = compare.DIGITS["epochs"] * whole
+    trained = Rows(
+        *(task, "small-cnn", "digits"),
+        epochs=1,
+        batch_size=compare.DIGITS["batch_size"],
+        seeds=context.seeds,
+    )
+    trained.total = context.steps(1, epochs)  # as many steps as with all training images
+    for result in trained.full_precision().runs:
+        yield {"row": "full precision", "seed": result.seed, "full precision": result.quantized}
+    for name, grid in CANDIDATES.items():
+        entry, means = methods.find(name), {}
+        total = entry.steps(trained.total)
+        for values in itertools.product(*grid.values()):
+            settings, kept, scores = dict(zip(grid, values, strict=True)), {}, []
+            told = ", ".join(f"{key} {value}" for key, value in settings.items())
+            for seed in context.seeds:
+                plan = methods.plan_of(name, entry.usual, total, **settings)
+                where = entry, plan, entry.usual, total, seed, kept
+                try:
+                    score = trained.result(name, *where).quantized
+                except FloatingPointError:
+                    score = 0.0
+                scores.append(score)
+                yield {
+                    "row": f"{entry.title}: {told}",
+                    "bits": entry.usual,
+                    "seed": seed,
+                    "low precision": score,
+                }
+            means[told] = float(np.mean(scores)), settings
+        best = max(means, key=lambda told: means[told][0])
+        yield {
+            "row": f"{entry.title}, chosen",
+            "method": name,
+            "settings": means[best][1],
+            "mean": means[best][0],
+            "of": len(means),
+        }
