@@ -24,6 +24,7 @@ DIGITS = {"epochs": 20, "batch_size": 32, "seeds": (0, 1, 2)}
 TEXT = {"model": "text-small", "epochs": 3, "batch_size": 32, "seeds": (0,)}
 QUICK = {"model": "small-cnn", "epochs": 4, "batch_size": 32, "limit": 2000, "seeds": (0,)}
 QUICK_TEXT = {**QUICK, "model": "text-small", "epochs": 5, "limit": 500}
+SEARCH = "quantjax run compare_settings --seeds 0 1 2"  # chose the settings of the rows
 NOT_TOLD = ("out", "data_dir", "overwrite")  # nothing that is trained depends on them
 
 
@@ -160,7 +161,8 @@ def _compare(settings: Settings, dataset: data.Dataset | data.Text) -> list[Resu
     finally:
         if results and first:
             console.print(rows_lib.table(results))
-            for note in rows_lib.notes(results):
+            searched = f"Settings of rows: chosen on held-out training images of digits, {SEARCH}."
+            for note in [*rows_lib.notes(results), searched]:
                 console.print(f"[dim]{escape(note)}[/]", highlight=False)
             console.print(f"report: {page}")
     return results
@@ -175,7 +177,8 @@ def describe(settings: Settings) -> dict:
     }
     device = jax.devices()[0]
     command = " ".join(["quantjax", *sys.argv[1:]]) if sys.argv[1:2] == ["compare"] else ""
-    return {**shown, "device": device.device_kind, "versions": versions(), "command": command}
+    about = {"device": device.device_kind, "versions": versions(), "command": command}
+    return {**shown, "search": SEARCH, **about}
 
 
 def rows(

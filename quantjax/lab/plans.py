@@ -1,7 +1,6 @@
 """How the rows of a comparison are trained and deployed: a function for each, with its settings.
 
-A plan is a function (bits, total steps, **settings) -> Plan. The defaults of the settings are what
-`quantjax run compare_settings` has chosen on held-out training images of the digits.
+A plan is a function (bits, total steps, **settings) -> Plan; the table of methods has the settings.
 """
 
 import math
@@ -62,9 +61,13 @@ def learned_grid(quantizer: Quantizer, total: int, *, rate=1e-3) -> Plan:
     return Plan(Method(optax.chain(adamw(rate, total), faster_masks()), quantizer))
 
 
-def by(train: Callable, make: Callable) -> Callable:
+def by(train: Callable, make: Callable, **settings) -> Callable:
     """Returns the plan that trains, as one of the two above, with make(bits)."""
-    return lambda bits, total, **settings: train(make(bits), total, **settings)
+    return partial(_with, train, make, **settings)
+
+
+def _with(train, make, bits, total, **settings):
+    return train(make(bits), total, **settings)
 
 
 def position_scaled(bits, total, *, rate=0.01, strength=None, fit="error", directional=False):

@@ -213,6 +213,7 @@ MODELS = {
     "small-cnn-bn": partial(SmallCNN, batch_norm=True),
     "lenet5": lenet5,
     "lenet5-wide": lenet5_wide,
+    "resnet8": partial(ResNet, 8),
     "resnet18": ResNet18,
     "resnet20": partial(ResNet, 20),
     "resnet32": partial(ResNet, 32),

@@ -12,10 +12,14 @@ from quantjax.lab.report import headline
 BEGIN = "<!-- results: written by `quantjax results --write experiments/RESULTS.md` -->"
 END = "<!-- end -->"
 MARK = re.compile(r"<!-- (results|comparison): .*-->\n")  # that begins a section
+RANKS = (
+    "`>` where McNemar's test over the test examples of all seeds, at 5 percent, "
+    "tells neighbours apart:\n"
+)
 KEYS = ("experiment", "title", "command", "scale", "device", "versions", "complete", "rows")
 COLUMNS = (
     *("average bits", "full precision", "low precision", "re-estimated", "accuracy", "sparse"),
-    *("error", "KB", "file KB", "widths", "MSE"),
+    *("error", "KB", "file KB", "widths", "MSE", "setting"),
 )
 
 
@@ -122,7 +126,9 @@ def _section(record: dict, source: Path | None) -> str:
         notes.insert(0, "**made by another version of the recipe**")
     if not record["complete"]:
         notes.insert(0, "**interrupted**")
-    return f"**{record['title']}**\n{', '.join(notes)}: `{record['command']}`\n\n{table}"
+    text = f"**{record['title']}**\n{', '.join(notes)}: `{record['command']}`\n\n{table}"
+    ranks = [f"- {row['bits']:g} bits: {row['ranks']}" for row in record["rows"] if "ranks" in row]
+    return "\n".join([text, "", RANKS, *ranks]) if ranks else text
 
 
 def _is_of_another_version(record: dict, source: Path | None) -> bool:
@@ -137,5 +143,5 @@ def _mean(values: list) -> str:
     if isinstance(values[0], str):
         return ", ".join(dict.fromkeys(values))
     digits = 2 if max(map(abs, values)) >= 1 else 3
-    deviation = f" ± {np.std(values):.{digits}f}" if len(values) > 1 else ""
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{deviation}"

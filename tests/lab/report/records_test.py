@@ -43,11 +43,18 @@ def record(**changes):
 
 def test_mean_and_deviation_over_seeds_beside_the_paper():
     text = records.markdown([record()])
-    assert "| PSG | 2 | 95.00 ± 1.00 | 60.8 |" in text
+    assert "| PSG | 2 | 95.00 ± 1.41 | 60.8 |" in text
     assert "| SGD | 2 | 39.50 |  |" in text
     assert "held-out" not in text
     assert "2 seeds" in text
     assert "`quantjax run toy`" in text
+
+
+def test_ranks_stand_below_the_table():
+    rows = [*record()["rows"], {"bits": 2, "ranks": "PSG > SGD"}]
+    text = records.markdown([record(rows=rows)])
+    assert text.endswith("neighbours apart:\n\n- 2 bits: PSG > SGD")
+    assert "McNemar" not in records.markdown([record()])
 
 
 def test_rows_without_a_width():
