@@ -1,12 +1,14 @@
 """Layer inputs whose grid is fitted in one pass, and learned from then on."""
 
+import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from quantjax.core import checks, histograms, least_error, passes, rounding
-from quantjax.core.quantizer import InputQuantizer, QuantState, inputwise
+from quantjax.core.quantizer import InputQuantizer, QuantState, Scalars, inputwise
 
 CELLS = 64  # of the histogram, for every level, and for 16 levels at least
 
@@ -66,12 +68,21 @@ def least_error_step(seen: dict, low, high):
     return least_error.step(x, widest[None], low, high, weight=weight)[0]
 
 
-def input_quantizer(fit: Callable, apply: Callable, bits: int, axis_name=None) -> InputQuantizer:
+def input_quantizer(
+    fit: Callable,
+    values: Callable,
+    quantize: Callable,
+    bits: int,
+    axis_name=None,
+    slopes: Callable | None = None,
+) -> InputQuantizer:
     """Makes the quantizer of layer inputs that are fitted as `begin` and `go_on` do.
 
     Args:
       fit, bits, axis_name: as in `begin`; low and high are the outermost codes in the buffers.
-      apply: (x, learned, buffers) -> x_hat.
+      values: as in `Scalars`.
+      quantize: (x, values, buffers) -> x_hat, element by element.
+      slopes: as in `Scalars`; None: found by differentiating `quantize`.
     """
 
     def init(x):
@@ -81,9 +92,18 @@ def input_quantizer(fit: Callable, apply: Callable, bits: int, axis_name=None) -
         del key
         if update:
             state = go_on(x, state, fit, axis_name)
-        return apply(x, *state), state
+        return quantize(x, values(x, *state), state.buffers), state
 
-    return inputwise(init, run, check(bits))
+    slopes = functools.partial(_slopes, quantize) if slopes is None else slopes
+    return inputwise(init, run, check(bits))._replace(scalars=Scalars(values, slopes))
+
+
+def _slopes(quantize, x, values, buffers):
+    """Returns d x_hat / d value as if every element had values of its own."""
+    # The zeros have x's shape, and vary over axes of `shard_map` as it does.
+    spread = [value + jnp.zeros_like(x, dtype=value.dtype) for value in values]
+    x_hat, pull = jax.vjp(lambda *values: quantize(x, values, buffers), *spread)
+    return pull(jnp.ones_like(x_hat))
 
 
 def check(bits: int) -> Callable:

@@ -44,11 +44,19 @@ class Quantizer(NamedTuple):
         return _made_by(self)
 
 
+class Scalars(NamedTuple):
+    """How what an input quantizer learns reaches x_hat, where it does so by scalars alone."""
+
+    values: Callable  # values(x, learned, buffers) -> tuple of scalars; looks at x's shape alone
+    slopes: Callable  # slopes(x, values, buffers) -> d x_hat / d value of each, of x's shape
+
+
 class InputQuantizer(NamedTuple):
     """Quantizes the inputs of layers; the dicts of its state map a name to an array."""
 
     init: Callable  # init(x) -> QuantState fitted to this batch
     apply: Callable  # apply(x, state, *, key=None, update=False) -> (x_hat, state)
+    scalars: Scalars | None = None  # of apply, and the state it returns; first layers are cheaper
 
     def __repr__(self):
         return _made_by(self)
@@ -78,7 +86,7 @@ def described(factory: Callable) -> Callable:
         fields = {
             name: _named(fn, f"{text}.{name}", HELP[type(made), name])
             for name, fn in made._asdict().items()
-            if fn not in (keep, no_penalty)
+            if (type(made), name) in HELP and fn not in (keep, no_penalty)
         }
         return made._replace(**fields)
 

@@ -5,19 +5,13 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen import dtypes
 
 from quantjax import batch_norms, folding
 from quantjax.core import paths
-from quantjax.linen.layers import check_apply
+from quantjax.linen.layers import check_apply, of_users
 from quantjax.linen.probes import axes_of, is_batch_norm
 
 LAYERS = (nn.Conv, nn.ConvTranspose, nn.Dense)
-# What a layer may compute with in the place of Flax's own, not linear in the kernel perhaps.
-OF_USERS = (
-    *("promote_dtype", "dot_general", "dot_general_cls"),
-    *("conv_general_dilated", "conv_general_dilated_cls"),
-)
 
 
 def fold_batch_norm(apply: Callable, variables: Mapping, x, **kwargs) -> dict:
@@ -136,8 +130,7 @@ def _of_layer(module) -> str | None:
     base = next(base for base in LAYERS if isinstance(module, base))
     if type(module).__call__ is not base.__call__:
         return f"{type(module).__name__} has a __call__ of its own"
-    usual = (None, dtypes.promote_dtype)
-    own = [name for name in OF_USERS if getattr(module, name, None) not in usual]
+    own = of_users(module)
     if own:
         return f"it computes with a user's {own[0]}"
     return "its kernel is transposed" if getattr(module, "transpose_kernel", False) else None

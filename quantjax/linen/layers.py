@@ -6,18 +6,26 @@ import functools
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax.core.scope import in_filter
+from flax.linen import dtypes
 from flax.traverse_util import flatten_dict
 from jax import lax
 
 from quantjax import inputs
 from quantjax.core import passes
 from quantjax.core.quantizer import QuantState, at
+from quantjax.linen import first_layer
 
 LEARNED, BUFFERS = COLLECTIONS = ("quant", "quant_stats")
 RNG_STREAM = "quant"
 LAYERS = (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
+# What a layer may compute with in the place of Flax's own, not linear perhaps.
+OF_USERS = (
+    *("promote_dtype", "dot_general", "dot_general_cls"),
+    *("conv_general_dilated", "conv_general_dilated_cls"),
+)
 
 _LIFTED = (
     "Inside nn.scan over layers or nn.vmap, variable_axes must name both collections, for instance "
@@ -71,6 +79,7 @@ def quantize_inputs(apply_fn: Callable, quantizer, where: str = ".*") -> Callabl
     def apply(*args, **kwargs):
         seen, loops = {}, []  # paths; the recurrent modules around a layer
         names_of = {}  # a quantizer's state has the same names in every layer
+        after = {}  # path of a layer being called: what its output goes through
         rngs = kwargs.get("rngs")
         stochastic = isinstance(rngs, Mapping) and RNG_STREAM in rngs
 
@@ -88,13 +97,18 @@ def quantize_inputs(apply_fn: Callable, quantizer, where: str = ".*") -> Callabl
                     f"nn.scan or nn.vmap, split_rngs must name it: {{{RNG_STREAM!r}: True}}"
                 )
             x = inputs.as_float(x, module.dtype or module.param_dtype)
-            quantize = functools.partial(_quantize, chosen, names_of, module, path, loops)
+            quantize = functools.partial(_quantize, chosen, names_of, after, module, path, loops)
             return _around.get()(quantize, module, path, x)
+
+        def leave(module, path, y, alone):
+            del module
+            finish = after.pop(path, None)
+            return finish(y) if finish is not None and alone else y
 
         with (
             nn.intercept_methods(_at_recurrence(loops, seen, takes)),
             nn.intercept_methods(_at_passes()),
-            nn.intercept_methods(at_layers(visit)),
+            nn.intercept_methods(at_layers(visit, leave)),
         ):
             out = apply_fn(*args, **kwargs)
         variables = args[0] if args else kwargs.get("variables")
@@ -149,13 +163,22 @@ def check_no_nn_jit(module):
         )
 
 
+def of_users(module) -> list[str]:
+    """Returns the names of the functions that a layer computes with and that are not Flax's."""
+    usual = (None, dtypes.promote_dtype)
+    return [name for name in OF_USERS if getattr(module, name, None) not in usual]
+
+
 def layer_of(key) -> str:
     """Returns the path of the layer that a variable belongs to."""
     return "/".join(key[:-1])
 
 
-def at_layers(visit, after=lambda module, path, y: y):
-    """An interceptor: `visit(module, path, x)` gives every layer's input, `after` its output."""
+def at_layers(visit, after=lambda module, path, y, alone: y):
+    """An interceptor: `visit(module, path, x)` gives every layer's input, `after` its output.
+
+    That gets (module, path, y, alone), the last True where no other interceptor made y.
+    """
     active = set()
 
     def intercept(next_fun, args, kwargs, context):
@@ -174,7 +197,8 @@ def at_layers(visit, after=lambda module, path, y: y):
             kwargs = {**kwargs, "inputs": visit(module, path, kwargs["inputs"])}
         active.add(path)
         try:
-            return after(module, path, next_fun(*args, **kwargs))
+            alone = next_fun is context.orig_method
+            return after(module, path, next_fun(*args, **kwargs), alone)
         finally:
             active.discard(path)
 
@@ -229,9 +253,12 @@ def _at_recurrence(loops, seen, takes):
     return intercept
 
 
-def _quantize(quantizer, names_of, module, path, loops, x):
-    """Quantizes one layer's input, with the state in the layer's own scope."""
-    scope, path = module.scope, path or "the model itself"
+def _quantize(quantizer, names_of, after, module, path, loops, x):
+    """Quantizes one layer's input, with the state in the layer's own scope.
+
+    `after[path]` becomes a function of the layer's output, where the quantizer has `scalars`.
+    """
+    scope, own_path, path = module.scope, path, path or "the model itself"
     if quantizer not in names_of:
         with at(path):
             names_of[quantizer] = dict(
@@ -257,6 +284,11 @@ def _quantize(quantizer, names_of, module, path, loops, x):
             _write(scope, BUFFERS, passes.called(state.buffers))
             if scope.is_mutable_collection(LEARNED):  # fitted again where it is the fitting pass
                 _write(scope, LEARNED, state.learned)
+        params = None if quantizer.scalars is None else _params(module)
+        if params is not None:
+            values, slopes = quantizer.scalars
+            known = x, x_hat, values(x, *state), state.buffers, params
+            after[own_path] = functools.partial(first_layer.output, _layer(module), slopes, *known)
         return x_hat
     frozen = [c for c in COLLECTIONS if names[c] and not scope.is_mutable_collection(c)]
     lifted = f"Inside recurrent cells: {_IN_TIME}." if loops else _LIFTED
@@ -277,6 +309,31 @@ def _quantize(quantizer, names_of, module, path, loops, x):
     _write(scope, LEARNED, state.learned)
     _write(scope, BUFFERS, passes.called(state.buffers, fitting=True))
     return quantizer.apply(x, state, key=key, update=False)[0]
+
+
+def _params(module):
+    """Returns the kernel and perhaps the bias of a layer that is linear in them, or None."""
+    if type(module) not in LAYERS or of_users(module) or getattr(module, "mask", None) is not None:
+        return None
+    params = {}
+    for name in ("kernel", "bias") if module.use_bias else ("kernel",):
+        # In a box (nn.with_partitioning) lies one array, in what is encoded or packed more.
+        leaves = jax.tree.leaves(module.scope.get_variable("params", name))
+        if len(leaves) != 1 or not jnp.issubdtype(leaves[0].dtype, jnp.floating):
+            return None
+        params[name] = leaves[0]
+    return params
+
+
+def _layer(module):
+    """Returns (params, x) -> y, a layer with a bias where there is one."""
+    free = module.clone(parent=None, name=None)
+
+    def layer(params, x):
+        with apart():
+            return free.clone(use_bias="bias" in params).apply({"params": params}, x)
+
+    return layer
 
 
 def _check_loops(loops, path, missing, scope):

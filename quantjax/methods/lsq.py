@@ -117,14 +117,16 @@ def lsq_input(
             step = jnp.where(mean > 0, 2 * mean / jnp.sqrt(jnp.maximum(high, 1)), step)
         return {"step": step}, {"low": low, "high": high}
 
-    def apply(x, learned, buffers):
+    def values(x, learned, buffers):
         features = math.prod(x.shape[1:])
         scale = 1 / jnp.sqrt(features * jnp.maximum(buffers["high"], 1))
-        step = scale_gradient(positive(learned["step"]), scale)
-        low, high = buffers["low"], buffers["high"]
+        return (scale_gradient(positive(learned["step"]), scale),)
+
+    def quantize(x, values, buffers):
+        (step,), low, high = values, buffers["low"], buffers["high"]
         return rounding.nearest_on_grid(x.astype(step.dtype), step, low, high).astype(x.dtype)
 
-    return first_pass.input_quantizer(find, apply, bits, axis_name)
+    return first_pass.input_quantizer(find, values, quantize, bits, axis_name)
 
 
 def positive(step):

@@ -54,12 +54,15 @@ def pact_input(
         bound = largest if clip is None else jnp.asarray(clip, most.dtype)
         return {"clip": bound}, {"low": low, "high": high}
 
-    def apply(x, learned, buffers):
-        bound = _decayed(learned["clip"], decay)
-        low, high = buffers["low"], buffers["high"]
+    def values(x, learned, buffers):
+        del x, buffers
+        return (_decayed(learned["clip"], decay),)
+
+    def quantize(x, values, buffers):
+        (bound,), low, high = values, buffers["low"], buffers["high"]
         return _clipped(x.astype(bound.dtype), bound, low, high).astype(x.dtype)
 
-    return first_pass.input_quantizer(fit, apply, bits, axis_name)
+    return first_pass.input_quantizer(fit, values, quantize, bits, axis_name)
 
 
 def _least(bound):

@@ -25,6 +25,19 @@ def on_grid(x, alpha, sigma, low, high, estimator, count=None):
     return _quantize(x, alpha, sigma, None, tuple(ends), count, estimator)
 
 
+def slopes(x, alpha, sigma, low, high, estimator):
+    """Returns d x_hat / d alpha and d x_hat / d sigma of `on_grid`, for scalars, by element."""
+    x, alpha, sigma, *ends = group_sums.varying_alike(x, alpha, sigma, low, high)
+
+    def of_part(x):
+        one = jnp.ones_like(x, dtype=alpha.dtype)
+        parts = x.astype(alpha.dtype), one, alpha, sigma
+        _, by_alpha, by_s = _pull(*parts, None, tuple(ends), None, estimator)
+        return by_alpha, -(alpha / sigma) * by_s
+
+    return group_sums.map_parts(of_part, x)
+
+
 def on_masked_grid(x, alpha, sigma, masks, bits, estimator):
     """As `semi_relaxed.quantize` with masks."""
     return _quantize(

@@ -25,10 +25,8 @@ def map_and_sum(fn, sums: int, divisible: bool, *arrays):
       arrays: all of one shape.
     """
     shape, size = arrays[0].shape, arrays[0].size
-    count = max(1, size // CHUNK)
-    count = next((n for n in range(count, 2 * count) if size % n == 0), 1)
-    in_parts = jax.default_backend() == "cpu" and meshes.one_device(arrays)
-    if count == 1 or not divisible or not in_parts:
+    count = _parts(arrays, max(1, size // CHUNK))
+    if count == 1 or not divisible:
         return fn(*arrays)
 
     def body(before, part):
@@ -39,6 +37,21 @@ def map_and_sum(fn, sums: int, divisible: bool, *arrays):
     start = [jnp.zeros(size // count, rounding.work_dtype(arrays[0].dtype))] * sums
     found, first = lax.scan(body, start, parts)
     return first.reshape(shape), *(part.sum() for part in found)
+
+
+def map_parts(fn, x):
+    """Returns fn(x), arrays of x's shape, part by part as `map_and_sum` does."""
+    count = _parts((x,), -(-x.size // CHUNK))
+    if count == 1:
+        return fn(x)
+    return jax.tree.map(lambda found: found.reshape(x.shape), lax.map(fn, x.reshape(count, -1)))
+
+
+def _parts(arrays, least):
+    """Returns into how many parts arrays are divided: `least`, or what divides them next."""
+    if jax.default_backend() != "cpu" or not meshes.one_device(arrays):
+        return 1
+    return next((n for n in range(least, 2 * least) if arrays[0].size % n == 0), 1)
 
 
 def varying_alike(*arrays):

@@ -269,12 +269,18 @@ def srq_input(
     bits = checks.bits(bits, most=8)
     checks.choice("estimator", estimator, estimators.KNOWN)
 
-    def apply(x, learned, buffers):
-        alpha, sigma = learned_grid.positive(learned)
-        return estimators.on_grid(x, alpha, sigma, buffers["low"], buffers["high"], estimator)
+    def values(x, learned, buffers):
+        del x, buffers
+        return learned_grid.positive(learned)
+
+    def quantize(x, values, buffers):
+        return estimators.on_grid(x, *values, buffers["low"], buffers["high"], estimator)
+
+    def slopes(x, values, buffers):
+        return estimators.slopes(x, *values, buffers["low"], buffers["high"], estimator)
 
     fit = learned_grid.fit_inputs(bits, signed)
-    return first_pass.input_quantizer(fit, apply, bits, axis_name)
+    return first_pass.input_quantizer(fit, values, quantize, bits, axis_name, slopes)
 
 
 def _probabilities(learned):

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import quantjax as qj
 from quantjax.methods import hard_concrete
 from quantjax.methods.l0 import l0
-from quantjax.methods.srq import group_sums, semi_relaxed
+from quantjax.methods.srq import estimators, group_sums, semi_relaxed
 from tests import quick
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -163,3 +163,21 @@ def test_large_arrays_go_part_by_part_where_one_cpu_is_all(monkeypatch):
     assert loops(jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))) == 0
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert loops(x) == 0
+
+
+@pytest.mark.parametrize("estimator", ["expectation", "mode"])
+def test_slopes_are_the_gradient_of_a_grid_for_every_element(estimator, monkeypatch):
+    x = normal(6, group_sums.CHUNK // 4)
+    grid = jnp.float32(0.2), jnp.float32(0.07), jnp.float32(-8), jnp.float32(7)
+
+    def found():
+        return jax.jit(lambda x: estimators.slopes(x, *grid, estimator))(x)
+
+    def x_hat(alpha, sigma):
+        return estimators.on_grid(x, alpha, sigma, *grid[2:], estimator)
+
+    spread = (jnp.full_like(x, number) for number in grid[:2])
+    expected = jax.jit(lambda *grid: jax.vjp(x_hat, *grid)[1](jnp.ones_like(x)))(*spread)
+    near(found(), expected, 1e-5)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)  # now part by part
+    near(found(), expected, 1e-5)
