@@ -1,7 +1,7 @@
 """The methods that `quantjax compare` knows, one entry each; and those from outside.
 
-Their settings are what `quantjax run compare_settings --seeds 0 1 2` has chosen on held-out training
-images of the digits; its record is in experiments/results.
+Their settings are what `quantjax run compare_settings --seeds 0 1 2` has chosen on held-out
+training images of the digits; its record is in experiments/results.
 """
 
 import importlib

@@ -5,6 +5,7 @@ A plan is a function (bits, total steps, **settings) -> Plan; the table of metho
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
