@@ -24,7 +24,7 @@ def test_every_name_has_a_line():
     for name in [*methods.METHODS, *models.MODELS, *recipes.known_recipes(), "digits"]:
         assert found[name], name
     assert found["lsq"] == "LSQ; 2 to 8 bits; by default"
-    assert found["binary"] == "binary; 1 bit; not by default"
+    assert found["binary"] == "binary; 1 bit"
     assert found["pruned"] == "pruned; float weights"
     assert found["resnet32"].endswith("Depth 32.")
     assert found["psg_table_a1"] == "PSG, table A1: ResNet-32, CIFAR-100, weights only"
