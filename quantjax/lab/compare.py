@@ -1,7 +1,9 @@
 """`quantjax compare`: methods side by side, from one full-precision network, on the same data."""
 
 import dataclasses
+import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,6 +27,7 @@ TEXT = {"model": "text-small", "epochs": 3, "batch_size": 32, "seeds": (0,)}
 QUICK = {"model": "small-cnn", "epochs": 4, "batch_size": 32, "limit": 2000, "seeds": (0,)}
 QUICK_TEXT = {**QUICK, "model": "text-small", "epochs": 5, "limit": 500}
 SEARCH = "quantjax run compare_settings --seeds 0 1 2"  # chose the settings of the rows
+PAUSE = 30  # seconds between reports on the way: one takes a second
 NOT_TOLD = ("out", "data_dir", "overwrite")  # nothing that is trained depends on them
 
 
@@ -126,7 +129,7 @@ def _usual(settings, shape) -> dict:
 def compare(settings: Settings, options: Options = Options()) -> list[Result]:  # noqa: B008
     """Runs the comparison, prints its table and writes its report; returns the rows.
 
-    The report is written after every row: an interrupted comparison leaves those it finished, and
+    The report is written as rows come: an interrupted comparison leaves those it finished, and
     checkpoints beside it until it is complete.
 
     Raises:
@@ -145,21 +148,24 @@ def _compare(settings: Settings, dataset: data.Dataset | data.Text) -> list[Resu
     first = jax.process_index() == 0  # of several processes one writes
     console = Console()
     described = describe(settings)
-    results = []
+    results, complete, written = [], False, -math.inf
     try:
         for result in rows(settings, dataset, tell=console.print):
             results.append(result)
             if not first:
                 continue
             files.write_network(settings.out, result)
-            page = files.write(settings.out, described, results, complete=False)
+            if time.monotonic() > written + PAUSE:
+                files.write(settings.out, described, results, complete=False)
+                written = time.monotonic()
+            page = settings.out / "report.html"
             interrupts.tell(f"{page} holds the finished rows, {len(results)} so far")
             told = f"{result.title}, {result.bits:.3g} bits: {result.metric.text(result.quantized)}"
             console.print(f"[dim]{escape(told)} in {result.seconds:.0f} s[/]")
-        if first:
-            files.write(settings.out, described, results)
+        complete = True
     finally:
         if results and first:
+            page = files.write(settings.out, described, results, complete=complete)
             console.print(rows_lib.table(results))
             searched = f"Settings of rows: chosen on held-out training images of digits, {SEARCH}."
             for note in [*rows_lib.notes(results), searched]:

@@ -1,8 +1,4 @@
-"""The methods that `quantjax compare` knows, one entry each; and those from outside.
-
-Their settings are what `quantjax run compare_settings --seeds 0 1 2` has chosen on held-out
-training images of the digits; its record is in experiments/results.
-"""
+"""The methods that `quantjax compare` knows, one entry each; and those from outside."""
 
 import importlib
 import os
@@ -108,7 +104,9 @@ METHODS = {
     ),
     "psg-scratch": Entry("PSG from scratch", partial(plans.position_scaled, fit="max"), "scratch"),
     "psg-directional": Entry(
-        "PSG, directional", partial(plans.position_scaled, fit="max", directional=True), "scratch"
+        "PSG, directional",
+        partial(plans.position_scaled, fit="max", directional=True),
+        "scratch",
     ),
     "psg-adam": Entry("PSG with Adam", plans.position_scaled_adam, "scratch"),
     "rq": Entry("RQ", by(learned_grid, rq), widths=_WHOLE, shared=False, inputs=rq_input),
@@ -131,7 +129,10 @@ METHODS = {
     "pruned": Entry("pruned", plans.pruned, widths=range(32, 33), usual=32),
     "focused": Entry("pruned and focused", plans.pruned_and_focused, widths=range(3, 9), usual=5),
     "psg-sparse": Entry(
-        "PSG to zero, focused", plans.sparse_by_position, widths=range(3, 9), usual=5
+        "PSG to zero, focused",
+        plans.sparse_by_position,
+        widths=range(3, 9),
+        usual=5,
     ),
     "alq": Entry(
         "ALQ",
@@ -152,6 +153,30 @@ METHODS = {
         floats=False,
         note=_COORDINATES,
     ),
+}
+# Of rows at their usual widths on the digits, by held-out training images: the record of `quantjax
+# run compare_settings --seeds 0 1 2`. Other data and widths have the plans' own.
+ON_DIGITS = {
+    "uniform": {"rate": 0.03},
+    "ternary": {"rate": 0.01},
+    "binary": {"rate": 0.03},
+    "lq-net": {"rate": 0.01},
+    "lsq": {"rate": 0.03},
+    "lsq-balanced": {"rate": 0.003},
+    "rq": {"rate": 0.01},
+    "srq": {"rate": 0.001},
+    "srq+dropbits": {"rate": 0.01},
+    "dropbits-learned": {"rate": 0.003, "penalty": 0.001},
+    "parq": {"rate": 0.03},
+    "psg": {"rate": 0.01, "strength": 10.0},
+    "psg-multi-bit": {"rate": 0.01, "strength": 100.0},
+    "psg-scratch": {"rate": 0.01, "strength": 30.0},
+    "psg-directional": {"rate": 0.03, "strength": 2.0},
+    "psg-adam": {"rate": 0.003, "eps": 0.0001},
+    "pruned": {"rate": 0.003},
+    "focused": {"rate": 0.01},
+    "psg-sparse": {"rate": 0.01, "strength": 30.0},
+    "alq": {"basis_rate": 0.0003, "coordinate_rate": 0.0003},
 }
 DEFAULT = ("sgd-least-error", "uniform", "lsq", "psg-multi-bit", "srq", "alq", "focused")
 QUICK = ("sgd-least-error", "psg", "lsq", "psg-sparse")  # what compiles in seconds
@@ -178,6 +203,12 @@ def find(name: str) -> Entry:
     if name not in METHODS:
         raise nearest_name_error("method", name, [*METHODS, ALL])
     return METHODS[name]
+
+
+def settings_on(dataset: str, name: str, bits: int) -> dict:
+    """Returns the settings of a method's plan on a data set, where they were searched there."""
+    searched = dataset == "digits" and name in ON_DIGITS and bits == METHODS[name].usual
+    return ON_DIGITS[name] if searched else {}
 
 
 def plan_of(name: str, bits: int, total: int, **settings) -> Plan:

@@ -1,6 +1,6 @@
 """How the rows of a comparison are trained and deployed: a function for each, with its settings.
 
-A plan is a function (bits, total steps, **settings) -> Plan; the table of methods has the settings.
+A plan is a function (bits, total steps, **settings) -> Plan.
 """
 
 import math

@@ -91,7 +91,8 @@ class Rows:
                 kept.clear()
             results = []
             for seed in self.seeds:
-                plan = methods.plan_of(name, bits, total)
+                settings = methods.settings_on(self._names["dataset"], name, bits)
+                plan = methods.plan_of(name, bits, total, **settings)
                 try:
                     results.append(self.result(name, entry, plan, bits, total, seed, kept))
                 except FloatingPointError as error:

@@ -98,7 +98,7 @@ class Task(NamedTuple):
     def init(self, seed: int) -> dict:
         """Returns the model's variables, initialised by a seed."""
         example = self.inputs(self.dataset.train[0][:1])
-        return jax.jit(self.model.init)(jax.random.key(seed), example)
+        return _init(self.model, jax.random.key(seed), example)
 
 
 def classification(model: nn.Module, dataset: data_lib.Dataset, augment: bool = False) -> Task:
@@ -148,6 +148,12 @@ def cross_entropy(logits, labels):
     labels = labels.astype(jnp.int32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return losses, jnp.argmax(logits, axis=-1) == labels
+
+
+@partial(jax.jit, static_argnums=0)
+def _init(model, key, example):
+    """One program for all seeds."""
+    return model.init(key, example)
 
 
 def _normalized(images, mean, std):

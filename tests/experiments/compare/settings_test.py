@@ -1,14 +1,12 @@
 """The recipes of the comparison: what they train, and that defaults are what the search chose."""
 
-import inspect
 import json
-from functools import partial
 
 import numpy as np
 import pytest
 
 from experiments.compare import cifar10, mnist, mnist_inputs, protocol, settings
-from quantjax.lab import compare, data, methods, models, plans, recipes
+from quantjax.lab import compare, data, methods, models, recipes
 from quantjax.lab.recipes import Context
 from quantjax.lab.report import rows as rows_lib
 from tests.experiments.recipes_test import noise
@@ -17,28 +15,23 @@ from tests.lab.report import seeds_test
 RECORD = recipes.FOLDER / "results" / "compare_settings-s0-1-2.json"
 
 
-def default_of(name, setting):
-    """Returns the default of a plan's setting; of a strength by width, that of the usual one."""
-    plan, given = methods.METHODS[name].plan, {}
-    while isinstance(plan, partial):
-        given, plan = plan.keywords | given, plan.func
-    value = given.get(setting, inspect.signature(plan).parameters[setting].default)
-    directional = given.get("directional", False)
-    if setting == "strength" and value is None:
-        usual = plans.strength_of(methods.METHODS[name].usual)
-        return plans.DIRECTIONAL_STRENGTH if directional else usual
-    return value
-
-
-def test_defaults_are_what_the_search_chose():
+def test_settings_are_what_the_search_chose():
     record = json.loads(RECORD.read_text())
     assert record["complete"]
     assert record["command"] == "quantjax run compare_settings --seeds 0 1 2"
     chosen = {row["chosen"]: row["settings"] for row in record["rows"] if "chosen" in row}
+    assert chosen == methods.ON_DIGITS
     assert set(chosen) == set(settings.CANDIDATES)
-    for name, values in chosen.items():
-        for setting, value in values.items():
-            assert default_of(name, setting) == value, (name, setting)
+
+
+def test_settings_hold_where_they_were_searched():
+    for name, mine in methods.ON_DIGITS.items():
+        entry = methods.METHODS[name]
+        assert methods.settings_on("digits", name, entry.usual) == mine
+        assert methods.settings_on("mnist", name, entry.usual) == {}
+        assert methods.settings_on("digits", name, entry.usual + 1) == {}
+        methods.plan_of(name, entry.usual, 40, **mine)
+    assert methods.settings_on("digits", "of_mine:plan", 2) == {}
 
 
 def test_every_trained_row_is_searched_with_as_much_care():
@@ -47,6 +40,13 @@ def test_every_trained_row_is_searched_with_as_much_care():
     for name, grid in settings.CANDIDATES.items():
         count = np.prod([len(values) for values in grid.values()])
         assert count in (4, 6), name
+
+
+def test_the_mildest_of_what_is_as_good_is_chosen():
+    scores = {"0.1": [90.0, 91.0, 92.0], "0.2": [94.0, 95.0, 96.0], "0.3": [94.5, 95.5, 96.5]}
+    assert settings.chosen(scores) == "0.2"
+    assert settings.chosen(scores | {"0.4": [97.0, 97.0, 97.1]}) == "0.4"
+    assert settings.chosen({"0.1": [90.0], "0.2": [90.1], "0.3": [90.1]}) == "0.2"
 
 
 def test_held_out_images_are_of_the_training_set(monkeypatch):
