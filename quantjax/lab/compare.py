@@ -45,8 +45,8 @@ class Settings:
     bits: tuple[int, ...] | None = None
     """Bit-widths, one row per method and width that it has; 2, or what is usual, if not given."""
     inputs: int | None = None
-    """Bits of the layers' inputs: rows that train on quantized weights train with them, others are
-    calibrated afterwards; float if not given."""
+    """Bits of the layers' inputs: rows whose forward pass rounds weights train with them, others,
+    such as PSG, ALQ and rounding, are calibrated afterwards; float if not given."""
     epochs: int | None = None
     """Epochs in full precision, and again for each row; by data set if not given."""
     batch_size: int | None = None

@@ -182,7 +182,7 @@ class Rows:
             states = {name: outcome.variables.get(name, {}) for name in ("quant", "quant_stats")}
             return {**variables, **{k: v for k, v in states.items() if v}}, inputs
         inputs = entry.inputs(self.inputs)
-        apply = linen.quantize_inputs(self.task.model.apply, inputs)
+        apply = engine.model_apply(self.task.model, inputs)
         x = self.task.inputs(self.task.dataset.train[0][:CALIBRATED_ON])
         return linen.calibrate(apply, variables, x, train=False), inputs
 

@@ -150,20 +150,18 @@ def table(results: Sequence[Result]):
 
 def notes(results: Sequence[Result]) -> list[str]:
     """Returns what is to be read below a table: what bold means, how many images there are."""
-    found = []
+    found, metric = [], results[0].metric
+    whose = "McNemar's" if metric == ACCURACY else "of their differences"
+    test = f"a paired test over the test examples of all seeds ({whose}, at {paired.LEVEL:.0%})"
     if best_per_width(results):
         found.append(
-            f"Bold: the best quantized {results[0].metric.name} of a width, in whole bits, and all "
-            "that a paired test over the test examples of all seeds does not tell from it "
-            f"(McNemar's, at {paired.LEVEL:.0%})."
+            f"Bold: the best quantized {metric.name} of a width, in whole bits, and all that "
+            f"{test} does not tell from it."
         )
     elif any(row.scores is not None for row in results):
-        found.append(
-            "Nothing is bold: a paired test over the test examples of all seeds (McNemar's, at "
-            f"{paired.LEVEL:.0%}) tells no two quantized networks of a width apart."
-        )
+        found.append(f"Nothing is bold: {test} tells no two quantized networks of a width apart.")
     counts = {len(row.scores) for row in results if row.scores is not None}
-    if counts and results[0].metric == ACCURACY:
+    if counts and metric == ACCURACY:
         (count,) = counts
         found.append(f"One of {count:,} test images is {100 / count:.2g} percent.")
     for row in results:
