@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.srq import learned_grids, mnist, mnist_widths, table1, table2, table3
-from quantjax.lab import data, methods, models
+from quantjax.lab import data, models, plans
 from quantjax.lab.recipes import Context
 from quantjax.methods.srq import semi_relaxed
 from tests.experiments.recipes_test import Tiny, noise
@@ -159,7 +159,7 @@ def test_widths_of_a_row_are_those_of_the_kernels():
     assert learned_grids.Trained(0.0, found, None, None, None).named_widths == "2/T"
 
 
-@pytest.mark.parametrize(("recipe", "rate"), [(mnist, methods.MASK_RATE), (mnist_widths, 60)])
+@pytest.mark.parametrize(("recipe", "rate"), [(mnist, plans.MASK_RATE), (mnist_widths, 60)])
 def test_short_recipes_keep_float_biases_and_faster_masks(recipe, rate, tiny, monkeypatch):
     def float_net(grids, seed):
         assert (grids.mask_rate, grids.biases) == (rate, False)
