@@ -39,7 +39,8 @@ LAYERS = {
     "DenseGeneral": nn.DenseGeneral((2, 3), axis=(-2, -1)),
 }
 CASES = [(name, "Conv") for name in (*LEARNED, *OTHERS)]
-CASES += [(name, layer) for name in ("lsq", "srq") for layer in LAYERS if layer != "Conv"]
+CASES += [("lsq", layer) for layer in LAYERS if layer != "Conv"]
+CASES += [pytest.param("srq", layer, marks=pytest.mark.slow) for layer in LAYERS if layer != "Conv"]
 
 
 class Net(nn.Module):
@@ -196,8 +197,9 @@ SECOND_ORDER = ("hessian", "gradient of a gradient")
 
 
 # SRQ has gradients of reverse mode alone, and its loop over codes has none.
-UNDER = [(each, name) for each in TRANSFORMATIONS for name in ("lsq", "pact", "srq")]
+UNDER = [(each, name) for each in TRANSFORMATIONS for name in ("lsq", "srq")]
 UNDER = [case for case in UNDER if case not in [(each, "srq") for each in SECOND_ORDER]]
+UNDER += [pytest.param(each, "pact", marks=pytest.mark.slow) for each in TRANSFORMATIONS]
 
 
 @pytest.mark.parametrize(("transformation", "name"), UNDER)
